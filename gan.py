@@ -1,0 +1,93 @@
+"""Networks and loss of WGAN-GP (Gulrajani et al. 2017, arXiv 1704.00028).
+
+Two convolutional networks for 32x32 images, and the critic's loss of their Algorithm 1. `models.py` makes
+the generator of a scholar out of them. Images are (n, channels, 32, 32) float in [0, 1] throughout.
+"""
+
+import torch
+from torch import Tensor, nn
+
+IMAGE_SIZE = 32
+
+
+class Network(nn.Sequential):
+    """A chain of layers that computes in `compute_dtype` (None: as its input) and answers in float32."""
+
+    compute_dtype: torch.dtype | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        # One autocast region a forward: its cache of cast weights must not outlive an optimiser step.
+        with torch.autocast(x.device.type, self.compute_dtype, enabled=self.compute_dtype is not None):
+            return super().forward(x).float()
+
+
+def generator_network(*, z_size: int, channel_size: int, image_channels: int) -> Network:
+    """The network from noise (n, z_size), standard normal, to images.
+
+    It may normalise its batch: only the critic's gradient penalty asks for independent samples.
+    """
+    c = channel_size
+
+    def upsample(channels_in: int, channels_out: int) -> list[nn.Module]:
+        return [
+            nn.ConvTranspose2d(channels_in, channels_out, 4, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(channels_out),
+            nn.ReLU(inplace=True),
+        ]
+
+    return Network(
+        nn.Linear(z_size, 8 * c * 4 * 4, bias=False),
+        nn.Unflatten(1, (8 * c, 4, 4)),  # (n, 8c, 4, 4)
+        nn.BatchNorm2d(8 * c),
+        nn.ReLU(inplace=True),
+        *upsample(8 * c, 4 * c),  # (n, 4c, 8, 8)
+        *upsample(4 * c, 2 * c),  # (n, 2c, 16, 16)
+        *upsample(2 * c, c),  # (n, c, 32, 32)
+        nn.Conv2d(c, image_channels, 3, padding=1),
+        nn.Sigmoid(),  # (n, image_channels, 32, 32)
+    )
+
+
+def critic_network(*, channel_size: int, image_channels: int) -> Network:
+    """The network from images to scores (n, 1). No batch normalisation: a score depends on its image alone."""
+    c = channel_size
+
+    def downsample(channels_in: int, channels_out: int) -> list[nn.Module]:
+        return [nn.Conv2d(channels_in, channels_out, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+
+    return Network(
+        *downsample(image_channels, c),  # (n, c, 16, 16)
+        *downsample(c, 2 * c),  # (n, 2c, 8, 8)
+        *downsample(2 * c, 4 * c),  # (n, 4c, 4, 4)
+        *downsample(4 * c, 8 * c),  # (n, 8c, 2, 2)
+        nn.Flatten(),
+        nn.Linear(8 * c * 2 * 2, 1),
+    )
+
+
+def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
+    """E[(||grad D(x^)||_2 - 1)^2], x^ uniform between each real image and its fake partner (Algorithm 1, lines 5-7).
+
+    The norm is taken over all values of an image together: channels, rows and columns.
+    """
+    epsilon = torch.rand(len(real), 1, 1, 1, device=real.device)
+    x_hat = (epsilon * real + (1 - epsilon) * fake).requires_grad_()
+    # A score depends on its own image alone, so the gradient of the sum holds every image's own gradient.
+    (gradient,) = torch.autograd.grad(critic(x_hat).sum(), x_hat, create_graph=True)
+    return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
+
+
+def critic_loss(critic: nn.Module, real: Tensor, fake: Tensor, *, penalty_weight: float) -> tuple[Tensor, Tensor]:
+    """The critic's loss D(fake) - D(real) + lambda * penalty, and its estimate D(real) - D(fake) of the distance.
+
+    real, fake: (n, channels, 32, 32), of equal n; fake without a graph behind it. Returns two scalars, the second
+    detached.
+    """
+    real_score, fake_score = critic(torch.cat([real, fake])).chunk(2)
+    distance = real_score.mean() - fake_score.mean()
+    return penalty_weight * gradient_penalty(critic, real, fake) - distance, distance.detach()
+
+
+def generator_loss(critic: nn.Module, fake: Tensor) -> Tensor:
+    """The generator's loss -D(fake) (Algorithm 1, line 11)."""
+    return -critic(fake).mean()

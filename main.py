@@ -1,0 +1,441 @@
+#!/usr/bin/env python3
+"""Deep generative replay on the command line: train a scholar on a sequence of tasks, or draw samples from one.
+
+    ./main.py --train                                  permutated MNIST with generative replay, at full size
+    ./main.py --train --replay-mode=none --quick       the lower reference, at a size for a laptop
+    ./main.py --test --quick                           samples of a scholar trained with the same flags
+
+Every option is here; `./main.py --help` explains them. The method is in dgr.py.
+"""
+
+import argparse
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+import torchvision
+
+import data
+import dgr
+import models
+import train
+import utils
+import visual
+from utils import UserError
+
+# What --quick changes: defaults only, so that every flag given still wins.
+QUICK = {
+    "mnist_permutation_number": 3,
+    "importance_of_new_task": "auto",
+    "generator_c_channel_size": 16,
+    "generator_g_channel_size": 16,
+    "solver_channel_size": 256,
+    "generator_iterations": 800,
+    "solver_iterations": 300,
+    "lr": 1e-3,
+}
+
+# Options that shape the networks: a checkpoint fits only where they are the same.
+ARCHITECTURE = [
+    "generator_z_size",
+    "generator_c_channel_size",
+    "generator_g_channel_size",
+    "solver_depth",
+    "solver_reducing_layers",
+    "solver_channel_size",
+]
+
+
+# ----------------------------------------------------------------------------------------------------- options
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line on standard error instead of argparse's usage and error."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; see --help\n")
+
+
+def integer(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            limit = f"from {low} to {high}" if high < 2**31 - 1 else f"of at least {low}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {limit}")
+        return value
+
+    return parse
+
+
+def number(
+    low: float, high: float = math.inf, *, without_low: bool = False, without_high: bool = False
+) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        inside = low <= value <= high and not (without_low and value == low) and not (without_high and value == high)
+        if not inside or math.isinf(value):
+            low_words = f"above {low:g}" if without_low else f"of at least {low:g}"
+            high_words = "" if math.isinf(high) else f" and {'below' if without_high else 'at most'} {high:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {low_words}{high_words}")
+        return value
+
+    return parse
+
+
+def importance(text: str) -> float | str:
+    return text if text == "auto" else number(0, 1)(text)
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        prog="main.py",
+        description="Continual learning with deep generative replay (Shin et al. 2017).",
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=40, width=110),
+    )
+
+    def add(group: Any, name: str, default: Any, meaning: str, **settings: Any) -> None:
+        """An option whose help ends with its default and what --quick makes of it."""
+        quick = QUICK.get(name.lstrip("-").replace("-", "_"))
+        shown = f"(default: {default}{'' if quick is None else f'; with --quick: {quick}'})"
+        if settings.get("action") == "store_true":
+            shown = ""
+        else:
+            settings["default"] = default
+        if "type" in settings:
+            settings.setdefault("metavar", "PATH" if settings["type"] is Path else "N")
+        group.add_argument(name, help=f"{meaning} {shown}".strip(), **settings)
+
+    what = parser.add_argument_group("what to do (one of the two is required)").add_mutually_exclusive_group(
+        required=True
+    )
+    what.add_argument("--train", action="store_true", help="train a scholar on the tasks of an experiment")
+    what.add_argument("--test", action="store_true", help="draw samples from a scholar trained with the same flags")
+
+    group = parser.add_argument_group("experiment")
+    add(group, "--experiment", "permutated-mnist", "the sequence of tasks", choices=list(data.EXPERIMENTS))
+    add(group, "--replay-mode", "generative-replay", "where the past comes from", choices=list(dgr.REPLAY_MODES))
+    add(
+        group,
+        "--importance-of-new-task",
+        0.3,
+        "r of equation 1, in [0, 1], or auto: 1/i at task i",
+        type=importance,
+        metavar="R",
+    )
+    add(group, "--mnist-permutation-number", 5, "tasks of permutated-mnist", type=integer(1))
+    add(group, "--mnist-permutation-seed", 0, "seed of the permutations", type=integer(0))
+    add(group, "--seed", 0, "seed of all other randomness", type=integer(0))
+    add(
+        group,
+        "--quick",
+        False,
+        "smaller defaults: minutes on a laptop instead of hours; flags given still win",
+        action="store_true",
+    )
+
+    group = parser.add_argument_group("generator (WGAN-GP)")
+    add(group, "--generator-lambda", 10.0, "weight of the gradient penalty", type=number(0), metavar="X")
+    add(group, "--generator-z-size", 100, "size of the noise", type=integer(1))
+    add(group, "--generator-c-channel-size", 64, "channels of the critic's first layer", type=integer(1))
+    add(group, "--generator-g-channel-size", 64, "channels of the generator's last hidden layer", type=integer(1))
+    add(group, "--generator-c-updates-per-g-update", 5, "critic updates in a generator iteration", type=integer(1))
+    add(group, "--generator-iterations", 3000, "iterations for each task", type=integer(1))
+
+    group = parser.add_argument_group("solver (CNN)")
+    add(group, "--solver-depth", 5, "layers: convolutions, then one linear layer", type=integer(2, 64))
+    add(
+        group,
+        "--solver-reducing-layers",
+        3,
+        "of the convolutions, the last so many halve height and width",
+        type=integer(0, 5),
+    )
+    add(
+        group,
+        "--solver-channel-size",
+        1024,
+        "channels of the last convolution; halved from layer to layer before it",
+        type=integer(1),
+    )
+    add(group, "--solver-iterations", 1000, "iterations for each task", type=integer(1))
+
+    group = parser.add_argument_group("optimisation (Adam, all networks)")
+    add(group, "--lr", 1e-4, "learning rate", type=number(0, without_low=True), metavar="X")
+    add(group, "--beta1", 0.5, "decay of the gradient's mean", type=number(0, 1, without_high=True), metavar="X")
+    add(
+        group, "--beta2", 0.9, "decay of the squared gradient's mean", type=number(0, 1, without_high=True), metavar="X"
+    )
+    add(group, "--weight-decay", 1e-5, "L2 penalty on weights", type=number(0), metavar="X")
+    add(group, "--batch-size", 32, "images of a batch; the solver sees as many replayed ones", type=integer(1))
+
+    group = parser.add_argument_group("measuring and samples")
+    add(
+        group,
+        "--test-size",
+        1024,
+        "test images of each task for the curves; the summary uses them all",
+        type=integer(1),
+    )
+    add(group, "--sample-size", 36, "images of a sample grid, six a row", type=integer(1))
+    add(
+        group,
+        "--sample-log",
+        False,
+        "keep sample grids through training, and train the generator in every replay mode",
+        action="store_true",
+    )
+    add(group, "--sample-log-interval", 300, "generator iterations between kept grids", type=integer(1))
+    add(group, "--image-log-interval", 100, "generator iterations between grids on visdom", type=integer(1))
+    add(group, "--eval-log-interval", 50, "solver iterations between measurements", type=integer(1))
+    add(group, "--loss-log-interval", 30, "iterations between logged losses", type=integer(1))
+
+    group = parser.add_argument_group("files")
+    add(
+        group,
+        "--data-dir",
+        Path(os.environ.get("DGR_DATA_DIR") or "./datasets"),
+        "data sets; DGR_DATA_DIR sets the default",
+        type=Path,
+    )
+    add(
+        group,
+        "--unverified-data",
+        False,
+        "accept data files that are not the official ones, with a warning",
+        action="store_true",
+    )
+    add(group, "--result-dir", Path("./results"), "files of runs: PATH/NAME/", type=Path)
+    add(group, "--checkpoint-dir", Path("./checkpoints"), "trained scholars: PATH/NAME", type=Path)
+    add(group, "--sample-dir", Path("./samples"), "sample grids: PATH/NAME-sample.jpg", type=Path)
+
+    group = parser.add_argument_group("machine and live plots")
+    add(group, "--no-gpus", False, "use the CPU even where there is a GPU", action="store_true")
+    add(group, "--visdom-server", "localhost", "where live plots go, if a server answers", metavar="HOST")
+    add(group, "--visdom-port", 8097, "its port", type=integer(1, 65535))
+    add(group, "--no-visdom", False, "no live plots", action="store_true")
+    return parser
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Read and check the options; exits with status 2 and one line on standard error if they make no sense."""
+    quick = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    quick.add_argument("--quick", action="store_true")
+    parser = make_parser()
+    if quick.parse_known_args(arguments)[0].quick:
+        parser.set_defaults(**QUICK)
+    options = parser.parse_args(arguments)
+
+    halvings = options.solver_depth - 2
+    if options.solver_channel_size % 2**halvings:
+        parser.error(
+            f"argument --solver-channel-size: {options.solver_channel_size} can't be halved {halvings} times, once for "
+            f"each convolution but the last of --solver-depth {options.solver_depth}: give a multiple of {2**halvings}"
+        )
+    if options.solver_reducing_layers > options.solver_depth - 1:
+        parser.error(
+            f"argument --solver-reducing-layers: {options.solver_reducing_layers} is more than the "
+            f"{options.solver_depth - 1} convolutions of --solver-depth {options.solver_depth}"
+        )
+    written = ("result_dir", "checkpoint_dir", "sample_dir") if options.train else ("sample_dir",)
+    for directory in written:
+        if problem := utils.not_writable(getattr(options, directory)):
+            parser.error(f"argument --{directory.replace('_', '-')}: {problem}")
+    return options
+
+
+def run_name(options: argparse.Namespace) -> str:
+    r = 1 if options.replay_mode == "none" else options.importance_of_new_task
+    return f"{options.experiment}-{options.replay_mode}-r{r if isinstance(r, str) else format(r, 'g')}"
+
+
+def take(options: argparse.Namespace, kind: type, **others: Any) -> Any:
+    """A dataclass filled with the options of the same names."""
+    return kind(**{f.name: getattr(options, f.name) for f in fields(kind) if f.name not in others}, **others)
+
+
+def make_scholar(options: argparse.Namespace, *, image_channels: int) -> dgr.Scholar:
+    adam = take(options, models.AdamOptions)
+    generator = models.WGAN(
+        image_channels=image_channels,
+        z_size=options.generator_z_size,
+        channel_size=options.generator_g_channel_size,
+        critic_channel_size=options.generator_c_channel_size,
+        critic_updates=options.generator_c_updates_per_g_update,
+        penalty_weight=options.generator_lambda,
+        adam=adam,
+    )
+    solver = models.CNN(
+        image_channels=image_channels,
+        classes=data.CLASSES,
+        depth=options.solver_depth,
+        reducing_layers=options.solver_reducing_layers,
+        channel_size=options.solver_channel_size,
+        adam=adam,
+    )
+    return dgr.Scholar(generator, solver)
+
+
+# ------------------------------------------------------------------------------------------------------- train
+
+
+def run_training(options: argparse.Namespace) -> None:
+    device = utils.choose_device(gpus=not options.no_gpus)
+    name = run_name(options)
+    library = data.Library(options.data_dir, device, accept_unverified=options.unverified_data)
+    tasks = data.EXPERIMENTS[options.experiment](library, take(options, data.ExperimentOptions))
+
+    torch.manual_seed(options.seed)
+    image_channels = tasks[0].train.images.shape[1]
+    scholar = make_scholar(options, image_channels=image_channels).to(device)
+    generates = options.replay_mode == "generative-replay" or options.sample_log
+    schedule = take(
+        options,
+        train.Schedule,
+        train_generator=generates,
+        importance_of_new_task=1.0 if options.replay_mode == "none" else options.importance_of_new_task,
+    )
+
+    checkpoint = options.checkpoint_dir / name
+    for path in (options.result_dir / name, checkpoint):
+        if aside := utils.set_aside(path):
+            print(f"{path} of an earlier run is kept as {aside}")
+    files = train.RunFiles(options.result_dir / name, describe_run(options, name, tasks, library, device))
+    observers: list[visual.Observer] = [files, visual.Progress(len(tasks))]
+    if options.sample_log:
+        observers.append(visual.SampleLog(options.sample_dir / name, options.sample_log_interval))
+    if not options.no_visdom:
+        titles = [f"task {i}: {task.name}" for i, task in enumerate(tasks, start=1)]
+        observers.append(
+            visual.LivePlots(
+                server=options.visdom_server,
+                port=options.visdom_port,
+                run=name,
+                titles=titles,
+                image_interval=options.image_log_interval,
+            )
+        )
+
+    def save(tasks_learned: int) -> None:
+        models.save_scholar(
+            checkpoint,
+            scholar,
+            image_channels=image_channels,
+            options=plain(vars(options)),
+            tasks_learned=tasks_learned,
+            generator_trained=generates,
+        )
+
+    # The same noise for every grid, from a stream of its own: looking does not change what is learned.
+    noise = fixed_noise(options, device)
+    try:
+        matrix = train.train(
+            scholar,
+            tasks,
+            schedule,
+            observers=observers,
+            sample=lambda: scholar.generator.sample(options.sample_size, noise),
+            save=save,
+        )
+        summary = files.write_summary(options.experiment, options.replay_mode, options.seed, matrix)
+    finally:
+        for observer in observers:
+            observer.close()
+    visual.save_figure([visual.Run(files.directory)], files.directory / "precision.png")
+    report(name, tasks, summary, files.directory, checkpoint)
+
+
+def fixed_noise(options: argparse.Namespace, device: torch.device) -> torch.Tensor:
+    """The noise that sample grids are drawn from: the same on every machine and device."""
+    random = torch.Generator().manual_seed(options.seed)
+    return torch.randn(options.sample_size, options.generator_z_size, generator=random).to(device)
+
+
+def plain(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as JSON and checkpoints can hold them."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+
+
+def describe_run(
+    options: argparse.Namespace, name: str, tasks: list[data.Task], library: data.Library, device: torch.device
+) -> dict[str, Any]:
+    """What one needs to know to repeat a run: the content of its config.json."""
+    return {
+        "name": name,
+        "command": sys.argv,
+        "options": plain(vars(options)),
+        "tasks": [task.name for task in tasks],
+        "data": {"checksums": library.checksums, "unverified": library.unverified},
+        "device": utils.device_name(device),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "numpy": np.__version__,
+        },
+        "commit": utils.commit(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def report(name: str, tasks: list[data.Task], summary: dict[str, Any], directory: Path, checkpoint: Path) -> None:
+    """The last lines of a run: what `summary.json` says, for a person."""
+    print(f"\n{name}, seed {summary['seed']}: precision on the whole test set of each task after the last one")
+    for number, (task, value) in enumerate(zip(tasks, summary["precision"][-1], strict=True), start=1):
+        print(f"  task {number}, {task.name}: {value:.4f}")
+    print(
+        f"average precision {summary['average_precision']:.4f}, forgetting {summary['forgetting']:.4f}, "
+        f"{summary['seconds']:.0f} s"
+    )
+    print(f"files: {directory}, scholar: {checkpoint}")
+
+
+# -------------------------------------------------------------------------------------------------------- test
+
+
+def run_test(options: argparse.Namespace) -> None:
+    device = utils.choose_device(gpus=not options.no_gpus)
+    name = run_name(options)
+    path = options.checkpoint_dir / name
+    checkpoint = models.load_checkpoint(path)
+    trained = checkpoint["options"]
+    if different := [key for key in ARCHITECTURE if trained.get(key) != getattr(options, key)]:
+        flags = ", ".join(
+            f"--{key.replace('_', '-')} {trained.get(key)}, not {getattr(options, key)}" for key in different
+        )
+        raise UserError(f"{path} was trained with {flags}: give the flags it was trained with")
+    if not checkpoint["generator_trained"]:
+        raise UserError(
+            f"{path} has a generator that was never trained: {options.replay_mode} trains one only under --sample-log"
+        )
+    scholar = make_scholar(options, image_channels=checkpoint["image_channels"])
+    models.restore_scholar(path, scholar, checkpoint)
+    scholar.to(device)
+    samples = options.sample_dir / f"{name}-sample.jpg"
+    visual.save_samples(scholar.generator.sample(options.sample_size, fixed_noise(options, device)), samples)
+    print(f"samples: {samples}")
+
+
+def main() -> None:
+    options = parse(sys.argv[1:])
+    if options.train:
+        run_training(options)
+    else:
+        run_test(options)
+
+
+if __name__ == "__main__":
+    utils.run_program(main)

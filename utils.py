@@ -1,0 +1,111 @@
+"""What has no better home: errors that speak to the user, files that are never half written, where to compute."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """Something a user can put right. The message is one line: what is wrong, where, and what to do."""
+
+
+def run_program(main: Callable[[], None]) -> None:
+    """Run a script's main function; what a user can put right ends in one line on standard error and exit status 1."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{Path(sys.argv[0]).name}: stopped")
+
+
+def warn(message: str) -> None:
+    """One line on standard error."""
+    tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+def reason(error: BaseException) -> str:
+    """An exception as a few words on one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a file that appears at `path` whole or not at all; what was there before stays until then."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def not_writable(directory: Path) -> str | None:
+    """Why no file can be made in a directory, which need not exist yet; None if nothing speaks against it."""
+    existing = directory
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        return f"{existing} is not a directory"
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return f"{existing} is not writable"
+    return None
+
+
+def set_aside(path: Path) -> Path | None:
+    """Rename an existing `path` to `path`.1, .2, ... (the highest is the newest). Returns the new name, if any."""
+    if not path.exists():
+        return None
+    number = 1
+    while (aside := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    path.rename(aside)
+    return aside
+
+
+def choose_device(*, gpus: bool = True) -> torch.device:
+    return torch.device("cuda" if gpus and torch.cuda.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words: the GPU's name, or the CPU with its number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def commit() -> str | None:
+    """The commit this program was started from, "-dirty" appended if files were changed since; None outside git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def number_of_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

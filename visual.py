@@ -1,0 +1,347 @@
+#!/usr/bin/env python3
+"""What people look at: progress bars, live plots in visdom, sample grids, figures.
+
+Everything drawn from the files of a run needs only those files. The precision plots of runs side by side, with a table:
+
+    ./visual.py results/permutated-mnist-none-r1 results/permutated-mnist-generative-replay-r0.3 --output figure.png
+"""
+
+import argparse
+import csv
+import json
+import logging
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+from utils import UserError, reason, run_program, warn
+
+# One colour per task in every figure (Okabe and Ito's, which the colour-blind can tell apart), repeated after seven.
+TASK_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+
+
+def task_colour(task: int) -> str:
+    """The colour of task 1, 2, ..."""
+    return TASK_COLOURS[(task - 1) % len(TASK_COLOURS)]
+
+
+class Observer:
+    """Told what happens in a run; does nothing unless a subclass says so. Tasks and iterations count from 1."""
+
+    image_interval: int | None = None  # generator iterations between calls of `images`; None: never
+
+    def begin(self, phase: str, task: int, iterations: int) -> None:
+        """A phase ("generator" or "solver") of a task begins."""
+
+    def step(self, iteration: int) -> None:
+        """An iteration of the phase is done."""
+
+    def scalars(self, phase: str, task: int, iteration: int, values: dict[str, float]) -> None:
+        """Losses, or the precision on each task so far."""
+
+    def images(self, task: int, iteration: int, images: Tensor) -> None:
+        """What the generator draws now: (n, channels, height, width) float in [0, 1]."""
+
+    def end(self, phase: str, task: int) -> None:
+        """The phase is done."""
+
+    def close(self) -> None:
+        """The run is over, for better or worse."""
+
+
+# ---------------------------------------------------------------------------------------------- progress bars
+
+
+class Progress(Observer):
+    """A bar for each phase on a terminal, a line for each phase elsewhere."""
+
+    def __init__(self, tasks: int):
+        self._tasks = tasks
+        self._bar: tqdm | None = None
+
+    def begin(self, phase: str, task: int, iterations: int) -> None:
+        self._title = f"task {task}/{self._tasks} {phase}"
+        self._iterations = iterations
+        self._values: dict[str, float] = {}
+        self._started = time.monotonic()
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=iterations, desc=self._title, file=sys.stderr, dynamic_ncols=True)
+
+    def step(self, iteration: int) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def scalars(self, phase: str, task: int, iteration: int, values: dict[str, float]) -> None:
+        self._values |= values
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._summary(), refresh=False)
+
+    def end(self, phase: str, task: int) -> None:
+        if self._bar is not None:
+            self.close()
+            return
+        seconds = time.monotonic() - self._started
+        print(f"{self._title}: {self._iterations} iterations in {seconds:.0f} s, {self._summary()}", file=sys.stderr)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _summary(self) -> str:
+        return ", ".join(f"{name} {value:.3f}" for name, value in self._values.items())
+
+
+# ------------------------------------------------------------------------------------------------ sample grids
+
+IMAGES_PER_ROW = 6
+
+
+def save_samples(images: Tensor, path: Path) -> None:
+    """Save images (n, channels, height, width) float in [0, 1] as one picture, six a row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_image(images.cpu(), path, nrow=IMAGES_PER_ROW)
+
+
+class SampleLog(Observer):
+    """A picture of samples every `image_interval` generator iterations, in `directory`."""
+
+    def __init__(self, directory: Path, image_interval: int):
+        self.directory = directory
+        self.image_interval = image_interval
+
+    def images(self, task: int, iteration: int, images: Tensor) -> None:
+        save_samples(images, self.directory / f"task-{task}-iteration-{iteration}.jpg")
+
+
+# -------------------------------------------------------------------------------------------------- live plots
+
+
+class LivePlots(Observer):
+    """Live plots on a visdom server, in the environment of the run's name. Training never waits for them.
+
+    A thread of its own posts the newest state of each window, whole: a slow server gets fewer updates, one that comes
+    back gets complete plots, and a second run of the same name draws over the first.
+    """
+
+    RETRY_SECONDS = 10.0
+
+    def __init__(self, *, server: str, port: int, run: str, titles: list[str], image_interval: int):
+        self.image_interval = image_interval
+        self._address = f"{server}:{port}"
+        self._connection = {"server": server, "port": port, "env": run.replace("_", "-")}
+        self._titles = titles
+        self._curves: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+        self._offset = dict.fromkeys(("generator", "solver"), 0)
+        self._length = dict.fromkeys(("generator", "solver"), 0)
+        self._pending: dict[str, tuple[str, dict[str, Any]]] = {}
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._post_all, daemon=True)
+        self._thread.start()
+
+    def begin(self, phase: str, task: int, iterations: int) -> None:
+        self._offset[phase] = (task - 1) * iterations
+        self._length[phase] = iterations
+
+    def scalars(self, phase: str, task: int, iteration: int, values: dict[str, float]) -> None:
+        if phase not in self._offset:
+            return
+        changed = set()
+        for name, value in values.items():
+            window, curve = ("precision", name) if name.startswith("precision-") else (f"{phase} {name}", name)
+            xs, ys = self._curves.setdefault(window, {}).setdefault(curve, ([], []))
+            xs.append(self._offset[phase] + iteration)
+            ys.append(value)
+            changed.add(window)
+        for window in changed:
+            self._show(window, "line", **self._line(window, phase))
+
+    def images(self, task: int, iteration: int, images: Tensor) -> None:
+        title = f"samples: task {task}, iteration {iteration}"
+        pixels = (images * 255).byte().cpu().numpy()
+        self._show("samples", "images", tensor=pixels, nrow=IMAGES_PER_ROW, opts={"title": title})
+
+    def close(self) -> None:
+        """Post what is still to be posted, for a few seconds at most."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(timeout=10)
+
+    def _line(self, window: str, phase: str) -> dict[str, Any]:
+        """The curves of a window as columns of one matrix, absent points being NaN."""
+        curves = self._curves[window]
+        x = sorted({x for xs, _ in curves.values() for x in xs})
+        row = {x: i for i, x in enumerate(x)}
+        y = np.full((len(x), len(curves)), np.nan)
+        for column, (xs, ys) in enumerate(curves.values()):
+            y[[row[x] for x in xs], column] = ys
+        opts: dict[str, Any] = {"title": window, "xlabel": f"{phase} iterations", "ylabel": window, "showlegend": True}
+        if window == "precision":
+            opts |= {"legend": self._titles[: len(curves)], "ytickmin": 0, "ytickmax": 1}
+            colours = [task_colour(task) for task in range(1, len(curves) + 1)]
+            opts["linecolor"] = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in colours])
+        else:
+            opts["legend"] = list(curves)
+        # A single column would be taken for several points of one curve.
+        return {"X": np.array(x), "Y": y if y.shape[1] > 1 else y[:, 0], "opts": opts}
+
+    def _show(self, window: str, method: str, **arguments: Any) -> None:
+        with self._changed:
+            self._pending[window] = (method, arguments)
+            self._changed.notify()
+
+    def _post_all(self) -> None:
+        client, warned = None, False
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._pending or self._closing)
+                if not self._pending:
+                    return
+                window, (method, arguments) = next(iter(self._pending.items()))
+                del self._pending[window]
+            try:
+                client = client or connect(**self._connection)
+                getattr(client, method)(win=window, **arguments)
+            except Exception as error:  # Whatever a plot server does, training goes on.
+                client = None
+                if not warned:
+                    warn(f"no live plots: visdom at {self._address}: {reason(error)[:200]}; training goes on")
+                    warned = True
+                if isinstance(error, ImportError):
+                    return
+                with self._changed:
+                    self._pending.setdefault(window, (method, arguments))
+                    if self._changed.wait_for(lambda: self._closing, timeout=self.RETRY_SECONDS):
+                        return
+
+
+def connect(*, server: str, port: int, env: str) -> Any:
+    """A visdom client that gives up after seconds, where visdom's own would wait for ever."""
+    import visdom
+
+    class Client(visdom.Visdom):
+        def _handle_post(self, url: str, data: Any = None) -> str:
+            response = self.session.post(url, data=data or {}, timeout=(3, 5))
+            response.raise_for_status()
+            return response.text
+
+    logging.getLogger("visdom").setLevel(logging.ERROR)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
+    server = server if "://" in server else f"http://{server}"
+    return Client(server=server, port=port, env=env, use_incoming_socket=False, raise_exceptions=True)
+
+
+# ------------------------------------------------------------------------------------------ figures from files
+
+
+class Run:
+    """The files of a run, read back: `config`, `summary` (None if unfinished) and curves of precision."""
+
+    def __init__(self, directory: Path):
+        try:
+            self.config = json.loads((directory / "config.json").read_text())
+            summary = directory / "summary.json"
+            self.summary = json.loads(summary.read_text()) if summary.exists() else None
+            with (directory / "metrics.csv").open(newline="") as file:
+                rows = list(csv.DictReader(file))
+            self.tasks = self.config["tasks"]
+            self.task_length = self.config["options"]["solver_iterations"]
+            # Per task: iterations since the start of the run, and precision.
+            self.curves: list[tuple[list[int], list[float]]] = [([], []) for _ in self.tasks]
+            for row in rows:
+                if row["phase"] == "solver" and row["name"].startswith("precision-"):
+                    xs, ys = self.curves[int(row["name"].removeprefix("precision-")) - 1]
+                    xs.append((int(row["task"]) - 1) * self.task_length + int(row["iteration"]))
+                    ys.append(float(row["value"]))
+        except OSError as error:
+            raise UserError(f"{error.filename or directory}: {reason(error)}: not the directory of a run") from error
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise UserError(f"{directory}: not the files of a run ({type(error).__name__}: {reason(error)})") from error
+
+    @property
+    def replay_mode(self) -> str:
+        return self.config["options"]["replay_mode"]
+
+    @property
+    def data_note(self) -> str:
+        """A warning for figures if the data were not the official files."""
+        names = sorted({name.split("/")[0] for name in self.config["data"]["unverified"]})
+        return f"not the official files: {', '.join(names)}" if names else ""
+
+
+def draw_precision(axes: Axes, run: Run) -> None:
+    """Precision on each task over solver iterations; a dotted line where each task begins."""
+    for task, (title, (xs, ys)) in enumerate(zip(run.tasks, run.curves, strict=True), start=1):
+        axes.plot(xs, ys, color=task_colour(task), label=f"task {task}: {title}", linewidth=1.5)
+        axes.axvline((task - 1) * run.task_length, color="0.7", linestyle=":", linewidth=1, zorder=0)
+    axes.set(
+        title=run.replay_mode,
+        xlabel="solver iterations",
+        ylabel="precision",
+        xlim=(0, len(run.tasks) * run.task_length),
+        ylim=(0, 1.01),
+    )
+    axes.grid(axis="y", color="0.9")
+
+
+def save_figure(runs: list[Run], path: Path) -> None:
+    """The precision plots of these runs side by side."""
+    figure = Figure(figsize=(1 + 3.6 * len(runs), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
+    for axes, run in zip(panels, runs, strict=True):
+        draw_precision(axes, run)
+        axes.label_outer()
+    notes = sorted({run.data_note for run in runs} - {""})
+    experiments = ", ".join(dict.fromkeys(run.config["options"]["experiment"] for run in runs))
+    figure.suptitle(" · ".join([experiments, *notes]), fontsize="medium")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def table(runs: list[Run]) -> str:
+    """What the finished runs came to, as a table in Markdown."""
+    lines = ["| run | average precision | forgetting | seconds |", "|---|---|---|---|"]
+    for run in runs:
+        if run.summary is None:
+            lines.append(f"| {run.config['name']} | not finished | | |")
+        else:
+            summary = run.summary
+            lines.append(
+                f"| {run.config['name']} | {summary['average_precision']:.3f} | {summary['forgetting']:.3f} "
+                f"| {summary['seconds']:.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="Draw the precision plots of runs side by side and print their table.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="directory of a run, for instance results/NAME"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="the figure: .png, .svg or .pdf")
+    options = parser.parse_args(arguments)
+    runs = [Run(directory) for directory in options.runs]
+    try:
+        save_figure(runs, options.output)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--output {options.output}: {reason(error)}") from error
+    print(table(runs))
+    print(f"figure: {options.output}")
+
+
+if __name__ == "__main__":
+    run_program(main)
