@@ -11,13 +11,15 @@ IMAGE_SIZE = 32
 
 
 class Network(nn.Sequential):
-    """A chain of layers that computes in `compute_dtype` (None: as its input) and answers in float32."""
+    """A chain of layers. With a `compute_dtype` (torch.bfloat16) it computes in that and answers in float32."""
 
     compute_dtype: torch.dtype | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.compute_dtype is None:
+            return super().forward(x)
         # One autocast region a forward: its cache of cast weights must not outlive an optimiser step.
-        with torch.autocast(x.device.type, self.compute_dtype, enabled=self.compute_dtype is not None):
+        with torch.autocast(x.device.type, self.compute_dtype):
             return super().forward(x).float()
 
 

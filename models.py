@@ -5,6 +5,7 @@ ask for; and the checkpoints that keep them.
 """
 
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -128,7 +129,8 @@ def save_scholar(path: Path, scholar: dgr.Scholar, **description: Any) -> None:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint, on the CPU, without executing anything in it."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch's remarks on files of other programs
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["format"] != CHECKPOINT_FORMAT:
             raise UserError(f"{path}: format {checkpoint['format']} is not this program's ({CHECKPOINT_FORMAT})")
         return checkpoint

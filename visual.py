@@ -126,6 +126,9 @@ class SampleLog(Observer):
 # -------------------------------------------------------------------------------------------------- live plots
 
 
+POST_TIMEOUT = (3.0, 5.0)  # seconds to connect, and to wait for an answer
+
+
 class LivePlots(Observer):
     """Live plots on a visdom server, in the environment of the run's name. Training never waits for them.
 
@@ -232,7 +235,7 @@ def connect(*, server: str, port: int, env: str) -> Any:
 
     class Client(visdom.Visdom):
         def _handle_post(self, url: str, data: Any = None) -> str:
-            response = self.session.post(url, data=data or {}, timeout=(3, 5))
+            response = self.session.post(url, data=data or {}, timeout=POST_TIMEOUT)
             response.raise_for_status()
             return response.text
 

@@ -1,0 +1,102 @@
+"""What the tests share: small data sets in the official formats, and starting main.py as a user does."""
+
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# Sizes at which a run takes seconds.
+TINY = [
+    "--mnist-permutation-number=2",
+    "--generator-z-size=8",
+    "--generator-c-channel-size=2",
+    "--generator-g-channel-size=2",
+    "--generator-c-updates-per-g-update=2",
+    "--generator-iterations=4",
+    "--solver-channel-size=16",
+    "--solver-iterations=6",
+    "--batch-size=8",
+    "--test-size=50",
+    "--sample-size=7",
+    "--eval-log-interval=3",
+    "--loss-log-interval=2",
+    "--lr=1e-3",
+    "--no-visdom",
+    "--unverified-data",
+]
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    """Write a uint8 array in the IDX format of the MNIST files."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = struct.pack(">I", 0x0800 | array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
+    path.write_bytes(header + array.astype(np.uint8).tobytes())
+
+
+def small_digits(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images (n, 28, 28) uint8 and labels (n,): a bright bar whose place is the class, in noise."""
+    random = np.random.default_rng(seed)
+    labels = np.arange(n) % 10
+    images = random.integers(0, 60, (n, 28, 28))
+    for image, label in zip(images, labels, strict=True):
+        image[2 * label + 4 : 2 * label + 7, 4:24] += 180
+    return images, labels
+
+
+def write_small_mnist(data_dir: Path) -> Path:
+    raw = data_dir / "mnist" / "MNIST" / "raw"
+    for part, n, seed in (("train", 200, 1), ("t10k", 100, 2)):
+        images, labels = small_digits(n, seed)
+        write_idx(raw / f"{part}-images-idx3-ubyte", images)
+        write_idx(raw / f"{part}-labels-idx1-ubyte", labels)
+    return data_dir
+
+
+@pytest.fixture(scope="session")
+def small_mnist(tmp_path_factory) -> Path:
+    """A data directory with a small unofficial MNIST."""
+    return write_small_mnist(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The data directory with the real MNIST, where there is one."""
+    directory = Path(os.environ.get("DGR_DATA_DIR") or ROOT / "datasets")
+    if not (directory / "mnist/MNIST/raw/train-images-idx3-ubyte").exists():
+        pytest.skip(f"no real MNIST in {directory} (DGR_DATA_DIR names another place)")
+    return directory
+
+
+def run(script: str, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Start a script as a user does, in an empty directory of its own."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def assert_one_line_error(process: subprocess.CompletedProcess, status: int, *words: str) -> None:
+    """The run ended as an error must: its exit status, and one line on standard error with these words in it."""
+    assert process.returncode == status, process.stderr
+    assert len(process.stderr.strip().splitlines()) == 1, process.stderr
+    assert "error: " in process.stderr
+    for word in words:
+        assert word in process.stderr, process.stderr
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)

