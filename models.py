@@ -1,7 +1,7 @@
-"""The generator and the solver that a scholar is made of.
+"""The generators and solvers that a scholar is made of.
 
-A WGAN-GP that learns the inputs, and a convolutional classifier that learns the answers, as the interfaces in `dgr.py`
-ask for; and the checkpoints that keep them.
+A WGAN-GP or a VAE that learns the inputs, and a convolutional classifier that learns the answers, as the interfaces in
+`dgr.py` ask for; and the checkpoints that keep them.
 """
 
 import pickle
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dgr
@@ -21,42 +22,55 @@ from utils import UserError, atomic_write, reason
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamOptions:
-    """Options of the Adam optimisers of generator, critic and solver."""
+class ScholarOptions:
+    """What a scholar is made of; the fields are the options of the same names, which `./main.py --help` explains."""
 
-    lr: float
-    beta1: float
-    beta2: float
-    weight_decay: float
+    generator: str = "wgan"
+    generator_lambda: float = 10.0
+    generator_z_size: int = 100
+    generator_c_channel_size: int = 64
+    generator_g_channel_size: int = 64
+    generator_c_updates_per_g_update: int = 5
+    solver: str = "cnn"
+    solver_depth: int = 5
+    solver_reducing_layers: int = 3
+    solver_channel_size: int = 1024
+    lr: float = 1e-4
+    beta1: float = 0.5
+    beta2: float = 0.9
+    weight_decay: float = 1e-5
 
-    def optimiser(self, network: nn.Module) -> torch.optim.Adam:
-        return torch.optim.Adam(
-            network.parameters(), lr=self.lr, betas=(self.beta1, self.beta2), weight_decay=self.weight_decay
-        )
+    def optimiser(self, *networks: nn.Module) -> torch.optim.Adam:
+        """Adam over all parameters of these networks."""
+        parameters = [parameter for network in networks for parameter in network.parameters()]
+        return torch.optim.Adam(parameters, self.lr, (self.beta1, self.beta2), weight_decay=self.weight_decay)
+
+
+def step(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step down the gradient of a loss."""
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+
+
+# -------------------------------------------------------------------------------------------------- generators
 
 
 class WGAN(dgr.Generator):
     """WGAN-GP: a generator that learns against a critic (Gulrajani et al. 2017, Algorithm 1)."""
 
-    def __init__(
-        self,
-        *,
-        image_channels: int,
-        z_size: int,
-        channel_size: int,
-        critic_channel_size: int,
-        critic_updates: int,
-        penalty_weight: float,
-        adam: AdamOptions,
-    ):
-        super().__init__(
-            gan.generator_network(z_size=z_size, channel_size=channel_size, image_channels=image_channels), z_size
+    def __init__(self, image_channels: int, options: ScholarOptions):
+        net = gan.generator_network(
+            z_size=options.generator_z_size,
+            channel_size=options.generator_g_channel_size,
+            image_channels=image_channels,
         )
-        self.critic = gan.critic_network(channel_size=critic_channel_size, image_channels=image_channels)
-        self.critic_updates = critic_updates
-        self.penalty_weight = penalty_weight
-        self.optimiser = adam.optimiser(self.net)
-        self.critic_optimiser = adam.optimiser(self.critic)
+        super().__init__(net, options.generator_z_size)
+        self.critic = gan.critic_network(channel_size=options.generator_c_channel_size, image_channels=image_channels)
+        self.critic_updates = options.generator_c_updates_per_g_update
+        self.penalty_weight = options.generator_lambda
+        self.optimiser = options.optimiser(self.net)
+        self.critic_optimiser = options.optimiser(self.critic)
 
     def update(self, inputs: Callable[[], Tensor]) -> dict[str, Tensor]:
         """`critic_updates` steps of the critic, each on a fresh batch of inputs, then one of the generator."""
@@ -66,40 +80,73 @@ class WGAN(dgr.Generator):
             with torch.no_grad():
                 fake = self.net(self.noise(len(real)))
             loss, distance = gan.critic_loss(self.critic, real, fake, penalty_weight=self.penalty_weight)
-            self.critic_optimiser.zero_grad()
-            loss.backward()
-            self.critic_optimiser.step()
+            step(self.critic_optimiser, loss)
 
         self.critic.requires_grad_(False)
         generator_loss = gan.generator_loss(self.critic, self.net(self.noise(len(real))))
-        self.optimiser.zero_grad()
-        generator_loss.backward()
-        self.optimiser.step()
+        step(self.optimiser, generator_loss)
         return {"critic-loss": loss.detach(), "generator-loss": generator_loss.detach(), "wasserstein": distance}
+
+
+class VAE(dgr.Generator):
+    """A variational autoencoder of linear layers (Kingma and Welling 2014, arXiv 1312.6114).
+
+    Blurred but never collapsed, and cheap: pixels in any order are the same to it. Two hidden layers of
+    16 * generator_g_channel_size units on either side.
+    """
+
+    def __init__(self, image_channels: int, options: ScholarOptions):
+        pixels, width, z_size = (
+            image_channels * gan.IMAGE_SIZE**2,
+            16 * options.generator_g_channel_size,
+            options.generator_z_size,
+        )
+        decoder = gan.Network(
+            *(nn.Linear(z_size, width), nn.ReLU(inplace=True)),
+            *(nn.Linear(width, width), nn.ReLU(inplace=True)),
+            *(nn.Linear(width, pixels), nn.Sigmoid()),
+            nn.Unflatten(1, (image_channels, gan.IMAGE_SIZE, gan.IMAGE_SIZE)),
+        )
+        super().__init__(decoder, z_size)
+        self.encoder = gan.Network(
+            nn.Flatten(),
+            *(nn.Linear(pixels, width), nn.ReLU(inplace=True)),
+            *(nn.Linear(width, width), nn.ReLU(inplace=True)),
+            nn.Linear(width, 2 * z_size),  # mean and logarithm of the variance of z
+        )
+        self.optimiser = options.optimiser(self.net, self.encoder)
+
+    def update(self, inputs: Callable[[], Tensor]) -> dict[str, Tensor]:
+        """One step down the negative evidence lower bound, in nats an image (equation 10)."""
+        x = inputs()
+        mean, log_variance = self.encoder(x).chunk(2, dim=1)
+        z = mean + (log_variance / 2).exp() * self.noise(len(x))
+        reconstruction = F.binary_cross_entropy(self.net(z), x, reduction="sum") / len(x)
+        divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum() / len(x)
+        step(self.optimiser, reconstruction + divergence)
+        return {"reconstruction": reconstruction.detach(), "divergence": divergence.detach()}
+
+
+# A new generator is one class like these and one line here; it becomes a choice of --generator.
+GENERATORS: dict[str, Callable[[int, ScholarOptions], dgr.Generator]] = {"wgan": WGAN, "vae": VAE}
+
+
+# ----------------------------------------------------------------------------------------------------- solvers
 
 
 class CNN(dgr.Solver):
     """A convolutional classifier for 32x32 images.
 
-    depth - 1 convolutions and a linear layer. Channels double from layer to layer up to channel_size; the last
-    reducing_layers convolutions halve height and width.
+    solver_depth - 1 convolutions and a linear layer. Channels double from layer to layer up to solver_channel_size;
+    the last solver_reducing_layers convolutions halve height and width.
     """
 
-    def __init__(
-        self,
-        *,
-        image_channels: int,
-        classes: int,
-        depth: int,
-        reducing_layers: int,
-        channel_size: int,
-        adam: AdamOptions,
-    ):
+    def __init__(self, image_channels: int, classes: int, options: ScholarOptions):
         layers: list[nn.Module] = []
         channels, size = image_channels, gan.IMAGE_SIZE
-        for remaining in reversed(range(depth - 1)):
-            width = channel_size // 2**remaining
-            stride = 2 if remaining < reducing_layers else 1
+        for remaining in reversed(range(options.solver_depth - 1)):
+            width = options.solver_channel_size // 2**remaining
+            stride = 2 if remaining < options.solver_reducing_layers else 1
             layers += [
                 nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False),
                 nn.BatchNorm2d(width),
@@ -107,12 +154,20 @@ class CNN(dgr.Solver):
             ]
             channels, size = width, size // stride  # (n, width, size, size)
         super().__init__(gan.Network(*layers, nn.Flatten(), nn.Linear(channels * size * size, classes)))
-        self.optimiser = adam.optimiser(self.net)
+        self.optimiser = options.optimiser(self.net)
 
     def update(self, loss: Tensor) -> None:
-        self.optimiser.zero_grad()
-        loss.backward()
-        self.optimiser.step()
+        step(self.optimiser, loss)
+
+
+# A new solver is one class like this and one line here; it becomes a choice of --solver.
+SOLVERS: dict[str, Callable[[int, int, ScholarOptions], dgr.Solver]] = {"cnn": CNN}
+
+
+def make_scholar(image_channels: int, classes: int, options: ScholarOptions) -> dgr.Scholar:
+    """A scholar that has learned nothing yet."""
+    generator = GENERATORS[options.generator](image_channels, options)
+    return dgr.Scholar(generator, SOLVERS[options.solver](image_channels, classes, options))
 
 
 # ------------------------------------------------------------------------------------------------- checkpoints

@@ -27,7 +27,9 @@ class Schedule:
     """How long to learn, from what, and how often to look. Intervals are in iterations."""
 
     replay_mode: str
+    replay_targets: dgr.Targets
     importance_of_new_task: float | str
+    chain: bool  # each scholar from scratch, on the replay of the last one alone (the paper's Table 1)
     train_generator: bool
     generator_iterations: int
     solver_iterations: int
@@ -47,62 +49,57 @@ def precision(solver: dgr.Solver, split: Split, *, batch_size: int = 1000) -> fl
 
 
 def train(
-    scholar: dgr.Scholar,
+    new_scholar: Callable[[], dgr.Scholar],
     tasks: Sequence[Task],
     schedule: Schedule,
     *,
     observers: Sequence[visual.Observer],
-    sample: Callable[[], Tensor],
-    save: Callable[[int], None],
-) -> list[list[float]]:
-    """Let the scholar learn the tasks in their order.
+    sample: Callable[[dgr.Scholar], Tensor],
+    save: Callable[[dgr.Scholar, int], None],
+) -> list[list[float | None]]:
+    """Let a scholar learn the tasks in their order, or a chain of scholars, one for each task.
 
     sample: draws images that show what the generator knows, without touching training's random stream.
     save: keeps the scholar after a task, given the number of tasks learned.
-    Returns the precision matrix: row i, column j is precision on task j, over its whole test set, after task i; row i
-    has i entries.
+    Returns the precision matrix: row i, column j is precision on task j, over its whole test set, after task i; None
+    for tasks not yet begun, and for those of earlier scholars of a chain.
     """
-    matrix = []
+    scholar, matrix = new_scholar(), []
     for number, task in enumerate(tasks, start=1):
-        replay, r = None, dgr.importance_of_new_task(schedule.importance_of_new_task, number)
+        current, replay, r = task.train, None, dgr.importance_of_new_task(schedule.importance_of_new_task, number)
         if number > 1:
-            replay = dgr.REPLAY_MODES[schedule.replay_mode](scholar, [old.train for old in tasks[: number - 1]])
+            mode = dgr.REPLAY_MODES[schedule.replay_mode]
+            replay = mode(scholar, [old.train for old in tasks[: number - 1]], schedule.replay_targets)
+        if schedule.chain and number > 1:
+            scholar, current, replay, r = new_scholar(), replay, None, 1.0
+
+        how = {"r": r, "batch_size": schedule.batch_size}
         if schedule.train_generator:
-            learning = dgr.learn_generator(
-                scholar.generator,
-                task.train,
-                replay,
-                r=r,
-                iterations=schedule.generator_iterations,
-                batch_size=schedule.batch_size,
-            )
-            for iteration in watched("generator", number, learning, schedule.generator_iterations, schedule, observers):
-                show_samples(number, iteration, schedule.generator_iterations, sample, observers)
+            iterations = schedule.generator_iterations
+            learning = dgr.learn_generator(scholar.generator, current, replay, iterations=iterations, **how)
+            for iteration in watched("generator", number, learning, iterations, schedule, observers):
+                show_samples(scholar, number, iteration, iterations, sample, observers)
 
+        iterations, temperature = schedule.solver_iterations, schedule.replay_targets.temperature
         learning = dgr.learn_solver(
-            scholar.solver,
-            task.train,
-            replay,
-            r=r,
-            iterations=schedule.solver_iterations,
-            batch_size=schedule.batch_size,
+            scholar.solver, current, replay, iterations=iterations, temperature=temperature, **how
         )
-        glimpses = [seen.test.spread(schedule.test_size) for seen in tasks[:number]]
-        for iteration in watched("solver", number, learning, schedule.solver_iterations, schedule, observers):
-            if due(iteration, schedule.eval_log_interval, schedule.solver_iterations):
-                row = [precision(scholar.solver, glimpse) for glimpse in glimpses]
-                tell(observers, "solver", number, iteration, precisions(row))
+        measured = {seen: tasks[seen - 1].test for seen in ([number] if schedule.chain else range(1, number + 1))}
+        glimpses = {seen: test.spread(schedule.test_size) for seen, test in measured.items()}
+        for iteration in watched("solver", number, learning, iterations, schedule, observers):
+            if due(iteration, schedule.eval_log_interval, iterations):
+                tell(observers, "solver", number, iteration, precisions(scholar.solver, glimpses))
 
-        row = [precision(scholar.solver, seen.test) for seen in tasks[:number]]
-        matrix.append(row)
-        tell(observers, "test", number, schedule.solver_iterations, precisions(row))
-        save(number)
+        row = precisions(scholar.solver, measured)
+        matrix.append([row.get(f"precision-{seen}") for seen in range(1, len(tasks) + 1)])
+        tell(observers, "test", number, iterations, row)
+        save(scholar, number)
     return matrix
 
 
-def precisions(row: Sequence[float]) -> dict[str, float]:
-    """Names for the precision on task 1, 2, ..."""
-    return {f"precision-{task}": value for task, value in enumerate(row, start=1)}
+def precisions(solver: dgr.Solver, tests: dict[int, Split]) -> dict[str, float]:
+    """Precision on these tasks, by name."""
+    return {f"precision-{task}": precision(solver, test) for task, test in tests.items()}
 
 
 def due(iteration: int, interval: int, last: int) -> bool:
@@ -136,12 +133,17 @@ def watched(
 
 
 def show_samples(
-    task: int, iteration: int, iterations: int, sample: Callable[[], Tensor], observers: Sequence[visual.Observer]
+    scholar: dgr.Scholar,
+    task: int,
+    iteration: int,
+    iterations: int,
+    sample: Callable[[dgr.Scholar], Tensor],
+    observers: Sequence[visual.Observer],
 ) -> None:
     """Draw samples if an observer wants them now."""
     curious = [o for o in observers if o.image_interval and due(iteration, o.image_interval, iterations)]
     if curious:
-        images = sample()
+        images = sample(scholar)
         for observer in curious:
             observer.images(task, iteration, images)
 
@@ -172,14 +174,11 @@ class RunFiles(visual.Observer):
         self._writer.writerows([phase, task, iteration, name, repr(value)] for name, value in values.items())
         self._metrics.flush()
 
-    def write_summary(self, experiment: str, replay_mode: str, seed: int, matrix: list[list[float]]) -> dict[str, Any]:
+    def write_summary(self, matrix: list[list[float | None]], **description: Any) -> dict[str, Any]:
         """The outcome of the run; the keys are explained in README.md."""
-        tasks = len(matrix)
         summary = {
-            "experiment": experiment,
-            "replay_mode": replay_mode,
-            "seed": seed,
-            "precision": [row + [None] * (tasks - len(row)) for row in matrix],
+            **description,
+            "precision": matrix,
             "average_precision": average_precision(matrix),
             "forgetting": forgetting(matrix),
             "seconds": round(time.monotonic() - self._started, 1),
@@ -196,13 +195,20 @@ class RunFiles(visual.Observer):
             file.write("\n")
 
 
-def average_precision(matrix: Sequence[Sequence[float]]) -> float:
-    """The mean over all tasks of the precision after the last task."""
-    return sum(matrix[-1]) / len(matrix[-1])
+def average_precision(matrix: Sequence[Sequence[float | None]]) -> float:
+    """The mean over all tasks of the precision after the last task; of a chain, the precision of the last scholar."""
+    last = [value for value in matrix[-1] if value is not None]
+    return sum(last) / len(last)
 
 
-def forgetting(matrix: Sequence[Sequence[float]]) -> float:
-    """The mean over old tasks of the best earlier precision minus the final one (0 if there is one task)."""
-    old = len(matrix) - 1
-    best = [max(row[task] for row in matrix[task:-1]) for task in range(old)]
-    return sum(best[task] - matrix[-1][task] for task in range(old)) / old if old else 0.0
+def forgetting(matrix: Sequence[Sequence[float | None]]) -> float:
+    """The mean over old tasks of the best earlier precision minus the final one (0 if there is one task).
+
+    Of a chain, where all scholars do the same test: the best earlier scholar's precision minus the last one's.
+    """
+    if len(matrix) == 1:
+        return 0.0
+    if matrix[-1][0] is None:
+        return max(row[i] for i, row in enumerate(matrix[:-1])) - matrix[-1][-1]
+    old = range(len(matrix) - 1)
+    return sum(max(row[task] for row in matrix[task:-1]) - matrix[-1][task] for task in old) / len(old)

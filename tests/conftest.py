@@ -13,6 +13,20 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import models  # noqa: E402
+
+# A scholar small enough for unit tests.
+SMALL = models.ScholarOptions(
+    generator_z_size=5,
+    generator_c_channel_size=2,
+    generator_g_channel_size=2,
+    generator_c_updates_per_g_update=1,
+    solver_depth=3,
+    solver_reducing_layers=2,
+    solver_channel_size=8,
+    lr=1e-3,
+)
+
 # Sizes at which a run takes seconds.
 TINY = [
     "--mnist-permutation-number=2",

@@ -138,8 +138,132 @@ def test_svhn_images_are_upright(tmp_path):
 
 
 def test_repeated_channels_take_no_memory(small_mnist):
-    train, _ = accepting(small_mnist).load("mnist", channels=3)
-    assert train.images.shape[1] == 3 and train.images.stride(1) == 0
+    library = accepting(small_mnist)
+    grey = data.Task("grey", *library.load("mnist"))
+    colour = data.Task("colour", colour_split(), colour_split())
+    images = data.same_channels([grey, colour])[0].train.images
+    assert images.shape[1] == 3 and images.stride(1) == 0 and images.data_ptr() == grey.train.images.data_ptr()
+
+
+def test_split_mnist_shares_out_the_digits(small_mnist):
+    tasks = data.split_mnist(accepting(small_mnist), OPTIONS)
+    assert [task.name for task in tasks] == ["digits 0-1", "digits 2-3", "digits 4-5", "digits 6-7", "digits 8-9"]
+    for number, task in enumerate(tasks):
+        for split in (task.train, task.test):
+            assert split.labels.unique().tolist() == [2 * number, 2 * number + 1]
+    assert sum(len(task.train) for task in tasks) == 200 and data.number_of_classes(tasks) == 10
+    rows = data.Library.load(accepting(small_mnist), "mnist")[0]
+    assert torch.equal(tasks[2].train.images, rows.images[(rows.labels == 4) | (rows.labels == 5)])
+
+
+@pytest.mark.parametrize("number, sizes", [(1, [10]), (2, [5, 5]), (3, [4, 3, 3]), (10, [1] * 10)])
+def test_split_mnist_in_other_parts(small_mnist, number, sizes):
+    tasks = data.split_mnist(accepting(small_mnist), replace(OPTIONS, mnist_split_number=number))
+    assert [len(task.train.labels.unique()) for task in tasks] == sizes
+
+
+def test_chain_is_five_times_mnist(small_mnist):
+    tasks = data.mnist_chain(accepting(small_mnist), OPTIONS)
+    assert len(tasks) == 5 and len({task.train.images.data_ptr() for task in tasks}) == 1
+
+
+# --------------------------------------------------------------------------------------------- one's own tasks
+
+
+def write_task(path: Path, **changes) -> Path:
+    random = np.random.default_rng(0)
+    arrays = {
+        "x_train": random.integers(0, 256, (12, 20, 24), dtype=np.uint8),
+        "y_train": np.arange(12) % 4,
+        "x_test": random.integers(0, 256, (6, 20, 24), dtype=np.uint8),
+        "y_test": np.arange(6) % 4,
+    } | changes
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    return path
+
+
+def test_own_tasks_get_one_shape_and_one_head(tmp_path, small_mnist):
+    write_task(tmp_path / "grey.npz")
+    large = np.full((5, 64, 48, 3), 200, dtype=np.uint8)
+    labels = np.array([0, 1, 2, 3, 12])
+    write_task(tmp_path / "colour.npz", x_train=large, y_train=labels, x_test=large, y_test=labels)
+    names = [str(tmp_path / "grey.npz"), "mnist", str(tmp_path / "colour.npz")]
+    library = accepting(small_mnist)
+    tasks = data.own_tasks(library, names)
+    assert [task.name for task in tasks] == ["grey", "MNIST", "colour"]
+    assert {task.train.images.shape[1:] for task in tasks} == {(3, 32, 32)}
+    assert data.number_of_classes(tasks) == 13
+    with np.load(tmp_path / "grey.npz") as stored:
+        padded = tasks[0].train.images[:, 1]
+        assert np.array_equal(padded[:, 6:26, 4:28].numpy(), stored["x_train"])
+        assert padded.sum() == stored["x_train"].astype(int).sum()  # nothing but zeros around it
+    resized = tasks[2].train.images  # 64x48 becomes 32x24, with four empty columns on either side
+    assert (resized[..., 4:28] == 200).all() and resized[..., :4].max() == 0 == resized[..., 28:].max()
+    assert library.checksums["grey.npz"] == data.checksum(tmp_path / "grey.npz")
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"y_test": None}, "no y_test"),
+        ({"x_train": np.zeros((12, 20, 24), np.float32)}, "x_train is float32"),
+        ({"x_train": np.zeros((12, 20), np.uint8)}, "(12, 20)"),
+        ({"x_train": np.zeros((12, 20, 24, 2), np.uint8)}, "(12, 20, 24, 2)"),
+        ({"x_train": np.zeros((0, 20, 24), np.uint8), "y_train": np.zeros(0, int)}, "at least one"),
+        ({"y_train": np.arange(11)}, "as many labels as images"),
+        ({"y_train": np.arange(12) / 2}, "y_train is float64"),
+        ({"y_train": np.arange(12)[:, None]}, "(12, 1)"),
+        ({"y_train": np.arange(12) - 1}, "labels from -1"),
+        ({"y_train": np.arange(12) * 1000}, "labels from 0 to 11000"),
+    ],
+)
+def test_own_task_with_wrong_content_is_refused_with_what_is_wrong(tmp_path, changes, words):
+    path = write_task(tmp_path / "a.npz", **changes)
+    with pytest.raises(UserError) as error:
+        accepting(tmp_path).load_npz(path)
+    assert str(path) in str(error.value) and words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_own_task_with_objects_is_refused_and_not_executed(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    path = write_task(tmp_path / "a.npz", x_train=np.array([Evil()], dtype=object))
+    for content in (path.read_bytes(), pickle.dumps(Evil()), b"", b"PK not a zip"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="not a file of a task"):
+            accepting(tmp_path).load_npz(path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_cifar10_batches_are_read_without_executing_them(tmp_path):
+    """The batches are pickles: arrays in them are read, anything else is refused."""
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (4, 3072), dtype=np.uint8)
+    for name in data.DATA_SETS["cifar10"].md5:
+        content = {"batch_label": name, "labels": [0, 9, 1, 2], "data": images}
+        (tmp_path / name).write_bytes(pickle.dumps(content))
+    (train, labels), (test, _) = data.DATA_SETS["cifar10"].read(tmp_path)
+    assert train.shape == (20, 3, 32, 32) and test.shape == (4, 3, 32, 32) and labels[:4].tolist() == [0, 9, 1, 2]
+    assert np.array_equal(test[1, 2].numpy().ravel(), images[1, 2048:])
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    (tmp_path / "test_batch").write_bytes(pickle.dumps(Evil(), protocol=2))
+    with pytest.raises(pickle.UnpicklingError):
+        data.DATA_SETS["cifar10"].read(tmp_path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_fashion_mnist_is_read_from_its_compressed_files(tmp_path):
+    raw = write_small_mnist(tmp_path) / "mnist/MNIST/raw"
+    for name in data.DATA_SETS["fashion-mnist"].md5:
+        (tmp_path / name).write_bytes(gzip.compress((raw / name.removesuffix(".gz")).read_bytes()))
+    (train, _), (_, labels) = data.DATA_SETS["fashion-mnist"].read(tmp_path)
+    assert train.shape == (200, 1, 28, 28) and len(labels) == 100
 
 
 # -------------------------------------------------------------------------------------- files that are present

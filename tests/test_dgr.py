@@ -1,33 +1,29 @@
 """The method: scholar, replay modes, importance and equation 1."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import reference
 import torch
+from conftest import SMALL
 from torch import nn
 
 import dgr
 import gan
 import models
 
-ADAM = models.AdamOptions(lr=1e-3, beta1=0.5, beta2=0.9, weight_decay=1e-5)
+HARD = dgr.Targets("hard")
 
 
 def small_scholar(image_channels: int = 1) -> dgr.Scholar:
-    generator = models.WGAN(
-        image_channels=image_channels,
-        z_size=5,
-        channel_size=2,
-        critic_channel_size=2,
-        critic_updates=1,
-        penalty_weight=10.0,
-        adam=ADAM,
-    )
-    solver = models.CNN(
-        image_channels=image_channels, classes=10, depth=3, reducing_layers=2, channel_size=8, adam=ADAM
-    )
-    return dgr.Scholar(generator, solver)
+    return models.make_scholar(image_channels, 10, SMALL)
+
+
+def generative_replay(scholar: dgr.Scholar, block: int = 512) -> dgr.GenerativeReplay:
+    replay = dgr.GenerativeReplay(scholar, [Constant(0.5, 1)], HARD)
+    replay.block = block
+    return replay
 
 
 class Constant:
@@ -93,7 +89,7 @@ def test_old_scholar_is_generator_and_solver_alone():
 
 def test_old_scholar_does_not_learn_with_the_new_one():
     scholar = small_scholar()
-    replay = dgr.GenerativeReplay(scholar, [Constant(0.5, 1)])
+    replay = generative_replay(scholar)
     before = state(replay.old_scholar)
     for _ in dgr.learn_generator(scholar.generator, Constant(0.1, 2), replay, r=0.5, iterations=2, batch_size=4):
         pass
@@ -107,7 +103,7 @@ def test_learning_records_no_graph_through_the_old_scholar():
     scholar = small_scholar()
     for p in scholar.parameters():
         p.requires_grad_(True)
-    images, labels = dgr.GenerativeReplay(scholar, [Constant(0.5, 1)]).sample(4)
+    images, labels = generative_replay(scholar).sample(4)
     assert not images.requires_grad and not labels.requires_grad
 
 
@@ -116,19 +112,20 @@ def test_learning_records_no_graph_through_the_old_scholar():
 
 @pytest.mark.parametrize("mode", dgr.REPLAY_MODES)
 def test_modes_sample_pairs(mode):
-    replay = dgr.REPLAY_MODES[mode](small_scholar(), [Constant(0.2, 1), Constant(0.4, 2)])
+    replay = dgr.REPLAY_MODES[mode](small_scholar(), [Constant(0.2, 1), Constant(0.4, 2)], HARD)
     x, y = replay.sample(6)
     assert x.shape[1:] == (1, 32, 32) and x.dtype == torch.float32
     assert len(x) == len(y) == (0 if mode == "none" else 6)
 
 
 def test_no_replay_is_empty():
-    x, y = dgr.NoReplay(small_scholar(), [Constant(0.2, 1)]).sample(32)
+    x, y = dgr.NoReplay(small_scholar(), [Constant(0.2, 1)], HARD).sample(32)
     assert x.shape == (0, 1, 32, 32) and y.shape == (0,)
 
 
 def test_exact_replay_draws_each_old_task_equally_often():
-    x, y = dgr.ExactReplay(small_scholar(), [Constant(0.1, 1), Constant(0.2, 2), Constant(0.3, 3)]).sample(3000)
+    tasks = [Constant(0.1, 1), Constant(0.2, 2), Constant(0.3, 3)]
+    x, y = dgr.ExactReplay(small_scholar(), tasks, dgr.Targets("true")).sample(3000)
     assert torch.allclose(x[:, 0, 0, 0] * 10, y.float())  # images keep their own labels
     counts = torch.bincount(y)[1:]
     assert counts.sum() == 3000 and (counts - 1000).abs().max() < 130  # five standard deviations
@@ -138,7 +135,7 @@ def test_generative_replay_is_the_old_scholars_pairs():
     """Images of the old generator, each with the old solver's answer; blocks change nothing."""
     scholar = small_scholar()
     scholar.solver(torch.rand(16, 1, 32, 32))
-    replay = dgr.GenerativeReplay(scholar, [Constant(0.5, 1)], block=10)
+    replay = generative_replay(scholar, block=10)
     torch.manual_seed(3)
     drawn = [replay.sample(n) for n in (4, 4, 4, 15)]
     torch.manual_seed(3)
@@ -150,7 +147,7 @@ def test_generative_replay_is_the_old_scholars_pairs():
 
 
 def test_generative_replay_hands_out_no_pair_twice():
-    replay = dgr.GenerativeReplay(small_scholar(), [Constant(0.5, 1)], block=16)
+    replay = generative_replay(small_scholar(), block=16)
     x = torch.cat([replay.sample(8)[0] for _ in range(6)])
     assert len(x.flatten(1).unique(dim=0)) == 48
 
@@ -235,7 +232,7 @@ def test_learn_solver_is_adam_on_equation_1():
     """Two iterations of the program and of the plain reference leave the same weights."""
     scholar = small_scholar()
     solver = copy.deepcopy(scholar.solver.net)
-    optimiser = ADAM.optimiser(solver)
+    optimiser = SMALL.optimiser(solver)
     current, replayed = Constant(0.1, 1), Constant(0.9, 2)
     losses = list(dgr.learn_solver(scholar.solver, current, replayed, r=0.3, iterations=2, batch_size=4))
     for loss in losses:
@@ -256,18 +253,8 @@ def test_every_weight_is_initialised_by_one_rule_whatever_its_layer_is_called():
 
     The rule is PyTorch's: uniform with standard deviation 1 / sqrt(3 * inputs of a unit).
     """
-    scholar = dgr.Scholar(
-        models.WGAN(
-            image_channels=1,
-            z_size=100,
-            channel_size=16,
-            critic_channel_size=16,
-            critic_updates=1,
-            penalty_weight=10.0,
-            adam=ADAM,
-        ),
-        models.CNN(image_channels=1, classes=10, depth=5, reducing_layers=3, channel_size=64, adam=ADAM),
-    )
+    options = models.ScholarOptions(generator_c_channel_size=16, generator_g_channel_size=16, solver_channel_size=64)
+    scholar = models.make_scholar(1, 10, options)
     layers = [m for m in scholar.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)]
     assert len(layers) == 5 + 5 + 5  # generator, critic, solver
     for layer in layers:
@@ -291,9 +278,8 @@ def test_optimisers_hold_every_parameter_of_their_network_once():
 
 @pytest.mark.parametrize("depth, reducing_layers, size", [(5, 3, 4), (5, 4, 2), (2, 0, 32), (4, 1, 16), (6, 5, 1)])
 def test_solver_depth_and_reducing_layers(depth, reducing_layers, size):
-    solver = models.CNN(
-        image_channels=3, classes=10, depth=depth, reducing_layers=reducing_layers, channel_size=32, adam=ADAM
-    )
+    options = models.ScholarOptions(solver_depth=depth, solver_reducing_layers=reducing_layers, solver_channel_size=32)
+    solver = models.CNN(3, 10, options)
     convolutions = [layer for layer in solver.net if isinstance(layer, nn.Conv2d)]
     assert [c.out_channels for c in convolutions] == [32 // 2**k for k in reversed(range(depth - 1))]
     assert [c.stride[0] for c in convolutions] == [1] * (depth - 1 - reducing_layers) + [2] * reducing_layers
@@ -309,3 +295,102 @@ def test_bfloat16_network_is_close_and_answers_in_float32():
     assert net(z).dtype == torch.float32
     torch.testing.assert_close(net(z), exact, rtol=0.05, atol=0.02)
     assert isinstance(net, gan.Network) and copy.deepcopy(net).compute_dtype is torch.bfloat16
+
+
+# ------------------------------------------------------------------------------------------------- the arms
+
+
+def test_exact_replay_can_have_the_old_solvers_answers():
+    scholar, tasks = small_scholar(), [Constant(0.1, 1), Constant(0.9, 2)]
+    x, y = dgr.ExactReplay(scholar, tasks, HARD).sample(20)
+    assert torch.equal(y, scholar.solver.answer(x))
+
+
+def test_noise_replay_is_gaussian_noise_with_the_old_solvers_answers():
+    scholar = small_scholar()
+    x, y = dgr.NoiseReplay(scholar, [Constant(0.5, 1)], HARD).sample(300)
+    assert x.shape == (300, 1, 32, 32)
+    assert x.mean().item() == pytest.approx(0, abs=0.01) and x.std().item() == pytest.approx(1, abs=0.01)
+    assert torch.equal(y, scholar.solver.answer(x))
+
+
+@pytest.mark.parametrize("mode", ["exact-replay", "generative-replay", "noise-replay"])
+def test_soft_targets_are_the_old_solvers_probabilities(mode):
+    scholar = small_scholar()
+    replay = dgr.REPLAY_MODES[mode](scholar, [Constant(0.5, 1)], dgr.Targets("soft", temperature=2.0))
+    x, y = replay.sample(6)
+    scores = scholar.remember().solver(x)
+    torch.testing.assert_close(y, torch.softmax(scores / 2, dim=1), rtol=1e-4, atol=1e-6)
+    assert not y.requires_grad
+
+
+def test_soft_loss_is_cross_entropy_at_the_temperature():
+    scores, y = torch.randn(5, 10, dtype=torch.float64), torch.softmax(torch.randn(5, 10, dtype=torch.float64), dim=1)
+    expected = sum(-9 * (y[i] * torch.log_softmax(scores[i] / 3, dim=0)).sum() for i in range(5)) / 5
+    torch.testing.assert_close(dgr.loss(scores, y, temperature=3.0), expected)
+
+
+def test_old_scholar_keeps_no_old_data():
+    """Generative replay has the old scholar and nothing of the tasks it is told of."""
+    replay = generative_replay(small_scholar())
+    replay.sample(4)
+    assert not any(isinstance(value, list | Constant) for value in vars(replay).values())
+
+
+# ------------------------------------------------------------------------------------------ another generator
+
+
+def test_vae_learns_and_is_remembered_like_any_generator():
+    """The interface needs nothing of WGAN-GP: a network from noise to images, and how it learns."""
+    vae = models.make_scholar(1, 10, replace(SMALL, generator="vae")).generator
+    bars = torch.zeros(8, 1, 32, 32)
+    bars[:, :, 10:20] = 1
+    losses = [vae.update(lambda: bars) for _ in range(60)]
+    total = [sum(map(float, step.values())) for step in losses]
+    assert total[-1] < total[0] / 2
+    old = vae.remember()
+    assert old.sample(3).shape == (3, 1, 32, 32) and not hasattr(old, "encoder")
+
+
+def test_vae_loss_is_the_negative_evidence_lower_bound():
+    """For one image, by hand: -log p(x|z) + KL(q(z|x) || N(0, 1))."""
+    vae = models.make_scholar(1, 10, replace(SMALL, generator="vae")).double().generator
+    x = torch.rand(1, 1, 32, 32, dtype=torch.float64)
+    mean, log_variance = vae.encoder(x)[0].chunk(2)
+    posterior = torch.distributions.Normal(mean, (log_variance / 2).exp())
+    prior = torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))
+    divergence = torch.distributions.kl_divergence(posterior, prior).sum()
+    torch.manual_seed(1)
+    pixels = vae.net((mean + posterior.stddev * vae.noise(1)[0])[None])
+    likelihood = (x * pixels.log() + (1 - x) * (1 - pixels).log()).sum()
+    torch.manual_seed(1)
+    losses = vae.update(lambda: x)
+    torch.testing.assert_close(losses["reconstruction"], -likelihood.detach())
+    torch.testing.assert_close(losses["divergence"], divergence.detach())
+
+
+def test_a_generator_of_ones_own_is_one_class_and_one_name(monkeypatch):
+    """The README's ten lines."""
+
+    class Mean(dgr.Generator):
+        """Remembers the mean image."""
+
+        def __init__(self, image_channels, options):
+            net = nn.Sequential(nn.Linear(2, image_channels * 1024), nn.Sigmoid(), nn.Unflatten(1, (-1, 32, 32)))
+            super().__init__(net, z_size=2)  # from noise (n, 2) to images (n, channels, 32, 32) in [0, 1]
+            self.optimiser = options.optimiser(self.net)
+
+        def update(self, inputs):
+            loss = (self.net(self.noise(8)) - inputs().mean(dim=0)).square().sum()
+            models.step(self.optimiser, loss)
+            return {"loss": loss.detach()}
+
+    monkeypatch.setitem(models.GENERATORS, "mean", Mean)
+    scholar = models.make_scholar(3, 10, replace(SMALL, generator="mean", lr=0.01))
+    source = Constant(0.9, 1)
+    source.sample = lambda n: (torch.full((n, 3, 32, 32), 0.9), torch.ones(n))
+    for _ in dgr.learn_generator(scholar.generator, source, None, r=1.0, iterations=400, batch_size=4):
+        pass
+    x, y = generative_replay(scholar).sample(5)
+    assert x.shape == (5, 3, 32, 32) and y.shape == (5,)
+    assert x.mean().item() == pytest.approx(0.9, abs=0.1)

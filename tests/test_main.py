@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, assert_one_line_error, run, write_small_mnist
 from PIL import Image
+from test_data import write_small_svhn, write_task
 
 import data
 import dgr
@@ -108,6 +109,52 @@ def test_another_seed_gives_another_run(trained, tmp_path, small_mnist):
     assert train(tmp_path, small_mnist, "--seed=1").returncode == 0
     metrics = [(cwd / "results" / NAME / "metrics.csv").read_bytes() for cwd in (trained[0], tmp_path)]
     assert metrics[0] != metrics[1]
+
+
+@pytest.mark.parametrize(
+    "flags, name",
+    [
+        (["--experiment=split-mnist"], "split-mnist-generative-replay-r0.3"),
+        (["--experiment=mnist-chain"], "mnist-chain-generative-replay-r0"),
+        (["--replay-mode=noise-replay"], "permutated-mnist-noise-replay-r0.3"),
+        (["--replay-mode=exact-replay", "--replay-targets=soft"], "permutated-mnist-exact-replay-r0.3-soft"),
+        (
+            ["--generator=vae", "--replay-targets=soft", "--temperature=3"],
+            "permutated-mnist-generative-replay-r0.3-soft-vae",
+        ),
+    ],
+)
+def test_every_experiment_and_arm_runs_and_draws(tmp_path, small_mnist, flags, name):
+    process = train(tmp_path, small_mnist, *flags)
+    assert process.returncode == 0, process.stderr
+    summary = json.loads((tmp_path / "results" / name / "summary.json").read_text())
+    assert 0 <= summary["average_precision"] <= 1 and (tmp_path / "results" / name / "precision.png").exists()
+    if "generative" in name:
+        assert draw(tmp_path, *flags).returncode == 0
+        assert (tmp_path / "samples" / f"{name}-sample.jpg").exists()
+
+
+@pytest.mark.parametrize("experiment", ["mnist-svhn", "svhn-mnist"])
+def test_svhn_experiments_run_and_say_that_data_are_unofficial(tmp_path, experiment):
+    write_small_mnist(tmp_path / "data")
+    write_small_svhn(tmp_path / "data")
+    process = train(tmp_path, tmp_path / "data", f"--experiment={experiment}")
+    assert process.returncode == 0, process.stderr
+    assert "warning: " in process.stderr and "is not the official file" in process.stderr
+    name = f"{experiment}-generative-replay-r0.3"
+    unverified = json.loads((tmp_path / "results" / name / "config.json").read_text())["data"]["unverified"]
+    assert {"svhn/train_32x32.mat", "svhn/test_32x32.mat"} <= set(unverified)
+    assert draw(tmp_path, f"--experiment={experiment}").returncode == 0
+
+
+def test_tasks_of_ones_own_mix_with_named_ones(tmp_path, small_mnist):
+    write_task(tmp_path / "my digits.npz")
+    flags = ["--tasks", "my digits.npz", "mnist"]
+    process = train(tmp_path, small_mnist, *flags)
+    assert process.returncode == 0, process.stderr
+    assert "task 1, my digits: " in process.stdout and "task 2, MNIST: " in process.stdout
+    assert (tmp_path / "results/my_digits+mnist-generative-replay-r0.3/summary.json").exists()
+    assert draw(tmp_path, *flags).returncode == 0
 
 
 @pytest.mark.parametrize("mode", ["none", "exact-replay"])
@@ -253,6 +300,17 @@ def test_malicious_checkpoint_is_not_executed(copy_of_trained):
         (["--train", "--result-dir=/dev/null/results"], ["--result-dir", "/dev/null is not a directory"]),
         (["--train", "--checkpoint-dir=/proc/checkpoints"], ["--checkpoint-dir", "/proc"]),
         (["--test", "--sample-dir=/dev/null"], ["--sample-dir"]),
+        (["--train", "--replay-targets=true"], ["--replay-targets", "hard or soft"]),
+        (["--train", "--replay-mode=noise-replay", "--replay-targets=true"], ["--replay-targets", "noise-replay"]),
+        (["--train", "--replay-mode=none", "--replay-targets=hard"], ["--replay-targets", "replays nothing"]),
+        (["--train", "--temperature=2"], ["--temperature", "--replay-targets=soft"]),
+        (["--train", "--replay-targets=soft", "--temperature=0"], ["--temperature", "above 0"]),
+        (["--train", "--experiment=mnist-chain", "--replay-mode=none"], ["--replay-mode", "replay alone"]),
+        (["--train", "--mnist-split-number=11"], ["--mnist-split-number", "from 1 to 10"]),
+        (["--train", "--generator=gpt"], ["--generator", "wgan"]),
+        (["--train", "--tasks", "absent.npz"], ["--tasks", "absent.npz"]),
+        (["--train", "--tasks", "mnist", "imagenet"], ["--tasks", "imagenet", "fashion-mnist"]),
+        (["--train", "--tasks", "mnist", "--experiment=split-mnist"], ["--experiment", "not allowed with"]),
     ],
 )
 def test_bad_usage_is_one_line_and_status_2(flags, words, tmp_path, monkeypatch, capsys):
@@ -305,6 +363,7 @@ def test_quick_changes_defaults_only():
         (["--replay-mode=none", "--importance-of-new-task=0.4"], "permutated-mnist-none-r1"),
         (["--replay-mode=exact-replay", "--importance-of-new-task=auto"], "permutated-mnist-exact-replay-rauto"),
         (["--importance-of-new-task=1"], "permutated-mnist-generative-replay-r1"),
+        (["--tasks", "mnist", "svhn"], "mnist+svhn-generative-replay-r0.3"),
     ],
 )
 def test_name_of_a_run(flags, name):
@@ -317,7 +376,7 @@ def test_help_has_every_option_with_its_default(tmp_path):
     text = " ".join(process.stdout.split())
     for name, default in vars(main.parse(["--train"])).items():
         assert f"--{name.replace('_', '-')}" in text
-        if not isinstance(default, bool) and name != "data_dir":
+        if name not in ("data_dir", "tasks", "replay_targets", "temperature") and not isinstance(default, bool):
             assert f"(default: {default}" in text, name
     for mode in (*dgr.REPLAY_MODES, *data.EXPERIMENTS):
         assert mode in text

@@ -17,7 +17,9 @@ from utils import UserError
 def schedule(**changes) -> train.Schedule:
     settings = {
         "replay_mode": "generative-replay",
+        "replay_targets": dgr.Targets("hard"),
         "importance_of_new_task": 0.5,
+        "chain": False,
         "train_generator": True,
         "generator_iterations": 5,
         "solver_iterations": 6,
@@ -59,12 +61,12 @@ def learn(small_mnist, scholar=None, tasks=2, **changes):
     recorder, saved, scholar = Recorder(), [], scholar or small_scholar()
     noise = torch.zeros(2, 5)
     matrix = train.train(
-        scholar,
+        lambda: scholar,
         small_tasks(small_mnist, tasks),
         schedule(**changes),
         observers=[recorder],
-        sample=lambda: scholar.generator.sample(2, noise),
-        save=saved.append,
+        sample=lambda scholar: scholar.generator.sample(2, noise),
+        save=lambda scholar, task: saved.append(task),
     )
     return matrix, recorder, saved
 
@@ -101,11 +103,11 @@ def test_looking_does_not_change_what_is_learned(small_mnist):
 
 def test_matrix_has_a_row_for_each_task_over_the_tasks_so_far(small_mnist):
     matrix, recorder, saved = learn(small_mnist, tasks=3)
-    assert [len(row) for row in matrix] == [1, 2, 3] and saved == [1, 2, 3]
+    assert [[value is not None for value in row] for row in matrix] == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+    assert saved == [1, 2, 3]
     for task, row in enumerate(matrix, start=1):
-        assert recorder.named("scalar", "test", task) == [
-            (6, f"precision-{old}", value) for old, value in enumerate(row, start=1)
-        ]
+        told = [(6, f"precision-{old}", value) for old, value in enumerate(row, start=1) if value is not None]
+        assert recorder.named("scalar", "test", task) == told
 
 
 def test_no_curve_before_its_task_has_begun(small_mnist):
@@ -140,9 +142,49 @@ def test_generator_learns_only_where_it_is_asked_to(small_mnist):
 def test_replay_of_the_second_task_is_of_the_first_alone(small_mnist, monkeypatch, mode):
     seen = []
     plain = dgr.REPLAY_MODES[mode]
-    monkeypatch.setitem(dgr.REPLAY_MODES, mode, lambda h, tasks: seen.append(list(tasks)) or plain(h, tasks))
+    monkeypatch.setitem(
+        dgr.REPLAY_MODES, mode, lambda h, tasks, targets: seen.append(list(tasks)) or plain(h, tasks, targets)
+    )
     learn(small_mnist, replay_mode=mode)
     assert len(seen) == 1 and len(seen[0]) == 1 and seen[0][0].permutation is None
+
+
+def test_scholars_of_a_chain_learn_from_scratch_and_from_the_last_one_alone(small_mnist, monkeypatch):
+    scholars, sources = [], []
+
+    def new_scholar():
+        scholars.append(small_scholar())
+        return scholars[-1]
+
+    plain = dgr.learn_solver
+
+    def watched(solver, current, replay, **how):
+        sources.append((solver, current, replay, how["r"]))
+        return plain(solver, current, replay, **how)
+
+    monkeypatch.setattr(dgr, "learn_solver", watched)
+    matrix = train.train(
+        new_scholar,
+        small_tasks(small_mnist, 3),
+        schedule(chain=True),
+        observers=[],
+        sample=lambda scholar: None,
+        save=lambda scholar, task: None,
+    )
+    assert [solver for solver, *_ in sources] == [scholar.solver for scholar in scholars] and len(scholars) == 3
+    assert isinstance(sources[0][1], data.Split)
+    for (_, current, replay, r), teacher in zip(sources[1:], scholars, strict=False):
+        assert isinstance(current, dgr.GenerativeReplay) and replay is None and r == 1
+        assert all(
+            torch.equal(value, teacher.solver.state_dict()[name])
+            for name, value in current.old_scholar.solver.state_dict().items()
+        )
+    assert [[value is not None for value in row] for row in matrix] == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+
+
+def test_outcome_of_a_chain():
+    matrix = [[0.9, None, None], [None, 0.7, None], [None, None, 0.6]]
+    assert train.average_precision(matrix) == 0.6 and train.forgetting(matrix) == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("loss_log_interval", [1, 100])
@@ -158,7 +200,7 @@ def test_diverged_training_stops_with_where_and_what_to_try(small_mnist, loss_lo
 
 
 def test_average_precision_and_forgetting():
-    matrix = [[0.9], [0.7, 0.8], [0.8, 0.6, 1.0]]
+    matrix = [[0.9, None, None], [0.7, 0.8, None], [0.8, 0.6, 1.0]]
     assert train.average_precision(matrix) == pytest.approx(0.8)
     assert train.forgetting(matrix) == pytest.approx(((0.9 - 0.8) + (0.8 - 0.6)) / 2)
     assert train.forgetting([[0.9]]) == 0
@@ -180,7 +222,7 @@ def test_metrics_are_on_disk_as_they_are_told(tmp_path):
 
 def test_summary(tmp_path):
     files = train.RunFiles(tmp_path / "run", {})
-    files.write_summary("permutated-mnist", "none", 3, [[0.5], [0.25, 1.0]])
+    files.write_summary([[0.5, None], [0.25, 1.0]], experiment="permutated-mnist", replay_mode="none", seed=3)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary.pop("seconds") >= 0
     assert summary == {
