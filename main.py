@@ -42,6 +42,7 @@ QUICK = {
     "generator_iterations": 800,
     "solver_iterations": 300,
     "lr": 1e-3,
+    "precision": "auto",
 }
 
 # Experiments in which every scholar learns from scratch, from the one before it alone.
@@ -269,6 +270,13 @@ def make_parser() -> Parser:
     add(group, "--sample-dir", Path("./samples"), "sample grids: PATH/NAME-sample.jpg", type=Path)
 
     group = parser.add_argument_group("machine and live plots")
+    add(
+        group,
+        "--precision",
+        "fp32",
+        "what networks compute in; auto: bf16 where the hardware has it",
+        choices=["fp32", "bf16", "auto"],
+    )
     add(group, "--no-gpus", False, "use the CPU even where there is a GPU", action="store_true")
     add(group, "--visdom-server", "localhost", "where live plots go, if a server answers", metavar="HOST")
     add(group, "--visdom-port", 8097, "its port", type=integer(1, 65535))
@@ -354,6 +362,7 @@ def run_training(options: argparse.Namespace) -> None:
         tasks = data.EXPERIMENTS[options.experiment](library, take(options, data.ExperimentOptions))
     image_channels, classes = tasks[0].train.images.shape[1], data.number_of_classes(tasks)
     scholar_options = take(options, models.ScholarOptions)
+    dtype = utils.compute_dtype(options.precision, device)
     generates = options.replay_mode == "generative-replay" or options.sample_log
     schedule = take(
         options,
@@ -400,7 +409,7 @@ def run_training(options: argparse.Namespace) -> None:
     try:
         torch.manual_seed(options.seed)
         matrix = train.train(
-            lambda: models.make_scholar(image_channels, classes, scholar_options).to(device),
+            lambda: models.make_scholar(image_channels, classes, scholar_options, compute_dtype=dtype).to(device),
             tasks,
             schedule,
             observers=observers,
@@ -439,6 +448,7 @@ def describe_run(
         "tasks": [task.name for task in tasks],
         "data": {"checksums": library.checksums, "unverified": library.unverified},
         "device": utils.device_name(device),
+        "compute_dtype": str(utils.compute_dtype(options.precision, device) or torch.float32),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -164,10 +164,16 @@ class CNN(dgr.Solver):
 SOLVERS: dict[str, Callable[[int, int, ScholarOptions], dgr.Solver]] = {"cnn": CNN}
 
 
-def make_scholar(image_channels: int, classes: int, options: ScholarOptions) -> dgr.Scholar:
-    """A scholar that has learned nothing yet."""
+def make_scholar(
+    image_channels: int, classes: int, options: ScholarOptions, *, compute_dtype: torch.dtype | None = None
+) -> dgr.Scholar:
+    """A scholar that has learned nothing yet; compute_dtype: see `gan.Network`."""
     generator = GENERATORS[options.generator](image_channels, options)
-    return dgr.Scholar(generator, SOLVERS[options.solver](image_channels, classes, options))
+    scholar = dgr.Scholar(generator, SOLVERS[options.solver](image_channels, classes, options))
+    for module in scholar.modules():
+        if isinstance(module, gan.Network):
+            module.compute_dtype = compute_dtype
+    return scholar.to(memory_format=torch.channels_last)  # the convolutions' faster layout
 
 
 # ------------------------------------------------------------------------------------------------- checkpoints

@@ -93,6 +93,15 @@ def choose_device(*, gpus: bool = True) -> torch.device:
     return torch.device("cuda" if gpus and torch.cuda.is_available() else "cpu")
 
 
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """What networks compute in: bfloat16, or None for float32. "auto" is bf16 where the hardware multiplies it."""
+    if precision == "auto":
+        # Elsewhere bf16 works as well, emulated, and slower than float32.
+        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        precision = "bf16" if native else "fp32"
+    return torch.bfloat16 if precision == "bf16" else None
+
+
 def device_name(device: torch.device) -> str:
     """The device in words: the GPU's name, or the CPU with its number of threads."""
     if device.type == "cuda":

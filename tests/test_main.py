@@ -432,7 +432,7 @@ def test_full_experiments_are_nine_runs_with_their_settings():
     loader = importlib.machinery.SourceFileLoader("run_full_experiments", str(ROOT / "run_full_experiments"))
     full = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     loader.exec_module(full)
-    runs = [(e, m) for e in full.FULL_SIZE for m in full.REPLAY_MODES]
+    runs = [(experiment, mode) for experiment in full.NINE_RUNS for mode in full.replay_modes_of(experiment)]
     assert len(runs) == 9
     for experiment, mode in runs:
         options = main.parse(["--train", *full.flags_of(experiment, mode, [])])
