@@ -151,8 +151,8 @@ class Targets:
         return old_solver.answer_softly(x, self.temperature) if self.kind == "soft" else old_solver.answer(x)
 
 
-class ReplayMode:
-    """Where pairs of the past come from.
+class ReplayMode(nn.Module):
+    """Where pairs of the past come from; a module, so that its state can be kept and restored.
 
     old_scholar: H_{i-1}. old_tasks: the data of tasks 1..i-1, never empty, for references that may see them.
     """
@@ -160,6 +160,7 @@ class ReplayMode:
     target_kinds: tuple[str, ...] = ("hard", "soft")  # what it can have as y'; the first is the default
 
     def __init__(self, old_scholar: Scholar, old_tasks: Sequence[Source], targets: Targets):
+        super().__init__()
         self.old_scholar = old_scholar.remember()
         self.targets = targets
 
@@ -174,6 +175,7 @@ class NoReplay(ReplayMode):
     target_kinds = ()
 
     def __init__(self, old_scholar: Scholar, old_tasks: Sequence[Source], targets: Targets):
+        nn.Module.__init__(self)
         self._nothing = old_tasks[0].sample(0)
 
     def sample(self, n: int) -> Pairs:
@@ -219,6 +221,14 @@ class ModelReplay(ReplayMode):
         x, y = self._pairs
         self._pairs = x[n:], y[n:]
         return x[:n], y[:n]
+
+    def get_extra_state(self) -> tuple[Tensor, ...]:
+        return () if self._pairs is None else tuple(part.clone() for part in self._pairs)
+
+    def set_extra_state(self, state: tuple[Tensor, ...]) -> None:
+        # In this scholar's memory: a state may have been read on another device.
+        device = next(self.old_scholar.parameters()).device
+        self._pairs = tuple(part.to(device) for part in state) or None
 
 
 class GenerativeReplay(ModelReplay):

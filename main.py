@@ -265,6 +265,21 @@ def make_parser() -> Parser:
         "accept data files that are not the official ones, with a warning",
         action="store_true",
     )
+    add(
+        group,
+        "--resume",
+        False,
+        "go on with an unfinished run of this name, or start one; a finished one is left alone",
+        action="store_true",
+    )
+    add(
+        group,
+        "--checkpoint-interval",
+        300.0,
+        "seconds between saved states of a run, besides one after each phase",
+        type=number(0),
+        metavar="X",
+    )
     add(group, "--result-dir", Path("./results"), "files of runs: PATH/NAME/", type=Path)
     add(group, "--checkpoint-dir", Path("./checkpoints"), "trained scholars: PATH/NAME", type=Path)
     add(group, "--sample-dir", Path("./samples"), "sample grids: PATH/NAME-sample.jpg", type=Path)
@@ -353,13 +368,24 @@ def take(options: argparse.Namespace, kind: type, **others: Any) -> Any:
 
 
 def run_training(options: argparse.Namespace) -> None:
-    device = utils.choose_device(gpus=not options.no_gpus)
     name = run_name(options)
-    library = data.Library(options.data_dir, device, accept_unverified=options.unverified_data)
+    results, scholar_file = options.result_dir / name, options.checkpoint_dir / name
+    if options.resume and is_finished(results, scholar_file):
+        print(f"{results} is finished: there is nothing to resume")
+        return
+    library = data.Library(
+        options.data_dir, utils.choose_device(gpus=not options.no_gpus), accept_unverified=options.unverified_data
+    )
     if options.tasks:
         tasks = data.own_tasks(library, options.tasks)
     else:
         tasks = data.EXPERIMENTS[options.experiment](library, take(options, data.ExperimentOptions))
+    with utils.locked(results.with_name(f".{name}.lock")), utils.locked(scholar_file.with_name(f".{name}.lock")):
+        train_scholar(options, name, tasks, library)
+
+
+def train_scholar(options: argparse.Namespace, name: str, tasks: list[data.Task], library: data.Library) -> None:
+    device = library.device
     image_channels, classes = tasks[0].train.images.shape[1], data.number_of_classes(tasks)
     scholar_options = take(options, models.ScholarOptions)
     dtype = utils.compute_dtype(options.precision, device)
@@ -372,50 +398,64 @@ def run_training(options: argparse.Namespace) -> None:
         importance_of_new_task=1.0 if options.replay_mode == "none" else options.importance_of_new_task,
         chain=options.experiment in CHAINS,
     )
+    config = describe_run(options, name, tasks, library, device)
+    results, scholar_file = options.result_dir / name, options.checkpoint_dir / name
+    state_file = options.checkpoint_dir / f"{name}{UNFINISHED}"
 
-    checkpoint = options.checkpoint_dir / name
-    for path in (options.result_dir / name, checkpoint):
-        if aside := utils.set_aside(path):
+    start = read_state(state_file, config) if options.resume else None
+    if start is None:
+        for path, aside in utils.set_aside([results, scholar_file, state_file, models.previous(state_file)]):
             print(f"{path} of an earlier run is kept as {aside}")
-    files = train.RunFiles(options.result_dir / name, describe_run(options, name, tasks, library, device))
-    observers: list[visual.Observer] = [files, visual.Progress(len(tasks))]
+    files = train.RunFiles(results, config, start and start["files"])
+    observers: list[visual.Observer] = [
+        files,
+        visual.Progress(len(tasks)),
+        visual.NewestSamples(results, options.image_log_interval),
+    ]
     if options.sample_log:
         observers.append(visual.SampleLog(options.sample_dir / name, options.sample_log_interval))
     if not options.no_visdom:
-        titles = [f"task {i}: {task.name}" for i, task in enumerate(tasks, start=1)]
-        observers.append(
-            visual.LivePlots(
-                server=options.visdom_server,
-                port=options.visdom_port,
-                run=name,
-                titles=titles,
-                image_interval=options.image_log_interval,
-            )
-        )
+        observers.append(visual.LivePlots(visual.Run(results), options.visdom_server, options.visdom_port))
 
-    def save(scholar: dgr.Scholar, tasks_learned: int) -> None:
-        models.save_scholar(
-            checkpoint,
-            scholar,
-            image_channels=image_channels,
-            classes=classes,
-            options=plain(vars(options)),
+    # The same noise for every grid, from a stream of its own: looking does not change what is learned.
+    noise = fixed_noise(options, device)
+    about = {"image_channels": image_channels, "classes": classes, "options": plain(vars(options))}
+
+    def save_scholar(scholar: dgr.Scholar, tasks_learned: int) -> None:
+        models.save_checkpoint(
+            scholar_file,
+            **about,
+            scholar=scholar.state_dict(),
             tasks_learned=tasks_learned,
             generator_trained=generates,
         )
 
-    # The same noise for every grid, from a stream of its own: looking does not change what is learned.
-    noise = fixed_noise(options, device)
-    try:
-        torch.manual_seed(options.seed)
-        matrix = train.train(
-            lambda: models.make_scholar(image_channels, classes, scholar_options, compute_dtype=dtype).to(device),
-            tasks,
-            schedule,
-            observers=observers,
-            sample=lambda scholar: scholar.generator.sample(options.sample_size, noise),
-            save=save,
+    def save_state() -> None:
+        models.save_checkpoint(
+            state_file,
+            keep_previous=True,
+            config=config,
+            training=training.state_dict(),
+            files=files.state_dict(),
         )
+
+    try:
+        with utils.stop_requests() as stop_requested:
+            torch.manual_seed(options.seed)
+            training = train.Training(
+                lambda: models.make_scholar(image_channels, classes, scholar_options, compute_dtype=dtype).to(device),
+                tasks,
+                schedule,
+                observers=observers,
+                sample=lambda scholar: scholar.generator.sample(options.sample_size, noise),
+                save_scholar=save_scholar,
+                save_state=save_state,
+                stop_requested=stop_requested,
+            )
+            if start is not None:
+                training.load_state_dict(start["training"])
+                print(f"{name} goes on at task {training.task}, {training.done} iterations done")
+            matrix = training.run()
         summary = files.write_summary(
             matrix, experiment=options.experiment, replay_mode=options.replay_mode, seed=options.seed
         )
@@ -423,7 +463,51 @@ def run_training(options: argparse.Namespace) -> None:
         for observer in observers:
             observer.close()
     visual.save_figure([visual.Run(files.directory)], files.directory / "precision.png")
-    report(name, tasks, summary, files.directory, checkpoint)
+    for path in (state_file, models.previous(state_file)):
+        path.unlink(missing_ok=True)
+    report(name, tasks, summary, files.directory, scholar_file)
+
+
+# The state of a run under way, beside its scholar, and what of its options --resume may change.
+UNFINISHED = ".unfinished"
+FREE_TO_CHANGE = {
+    *("train", "test", "quick", "resume", "checkpoint_interval", "no_gpus"),
+    *("data_dir", "unverified_data", "result_dir", "checkpoint_dir", "sample_dir"),
+    *("visdom_server", "visdom_port", "no_visdom"),
+}
+
+
+def is_finished(results: Path, scholar_file: Path) -> bool:
+    """Whether a run has left everything, and nothing to resume."""
+    unfinished = scholar_file.with_name(f"{scholar_file.name}{UNFINISHED}")
+    return (results / "summary.json").exists() and scholar_file.exists() and not unfinished.exists()
+
+
+def read_state(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """The last good state of an unfinished run; None if there is none. It must be of a run with the same options."""
+    for candidate in (path, models.previous(path)):
+        if not candidate.exists():
+            continue
+        try:
+            state = models.load_checkpoint(candidate)
+            before, now = state["config"]["options"], config["options"]
+            different = [key for key in now if key not in FREE_TO_CHANGE and before.get(key) != now[key]]
+        except UserError as error:
+            problem = error
+            utils.warn(f"{error}; the one before it is tried")
+            continue
+        if different:
+            changes = ", ".join(f"--{key.replace('_', '-')} {before.get(key)}, not {now[key]}" for key in different)
+            raise UserError(f"{candidate} is of a run with {changes}: give the same flags, or leave out --resume")
+        if state["config"]["data"]["checksums"] != config["data"]["checksums"]:
+            raise UserError(f"{candidate} is of a run on other data files: give the same --data-dir")
+        for key in ("versions", "commit", "device", "compute_dtype"):
+            if state["config"][key] != config[key]:
+                utils.warn(f"the run began with {key} {state['config'][key]}: the rest of it may differ a little")
+        return state
+    if path.exists() or models.previous(path).exists():
+        raise UserError(f"{path}: no good state is left; leave out --resume to start again") from problem
+    return None
 
 
 def fixed_noise(options: argparse.Namespace, device: torch.device) -> torch.Tensor:
@@ -451,8 +535,8 @@ def describe_run(
         "compute_dtype": str(utils.compute_dtype(options.precision, device) or torch.float32),
         "versions": {
             "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
+            "torch": str(torch.__version__),
+            "torchvision": str(torchvision.__version__),
             "numpy": np.__version__,
         },
         "commit": utils.commit(),

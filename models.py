@@ -178,18 +178,26 @@ def make_scholar(
 
 # ------------------------------------------------------------------------------------------------- checkpoints
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 
 
-def save_scholar(path: Path, scholar: dgr.Scholar, **description: Any) -> None:
-    """Write a scholar and what it takes to build it again; the file appears whole or not at all."""
-    with atomic_write(path, "wb") as file:
-        torch.save({"format": CHECKPOINT_FORMAT, **description, "scholar": scholar.state_dict()}, file)
+def save_checkpoint(path: Path, *, keep_previous: bool = False, **content: Any) -> None:
+    """Write tensors and plain values; the file appears whole or not at all, and the one before it stays until then."""
+    with atomic_write(path, "wb", keep_as=previous(path) if keep_previous else None) as file:
+        torch.save({"format": CHECKPOINT_FORMAT, **content}, file)
+
+
+def previous(path: Path) -> Path:
+    """Where the checkpoint before the one at `path` is kept."""
+    return path.with_name(f"{path.name}.previous")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint, on the CPU, without executing anything in it."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(damaged)
         with warnings.catch_warnings(action="ignore"):  # torch's remarks on files of other programs
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["format"] != CHECKPOINT_FORMAT:
@@ -199,21 +207,17 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"no scholar at {path}: train one first, with --train and the same flags") from error
     except OSError as error:
         raise UserError(f"{path}: {reason(error)}") from error
-    except (
-        RuntimeError,
-        ValueError,
-        KeyError,
-        TypeError,
-        EOFError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ) as error:
-        raise UserError(f"{path} is damaged or not a checkpoint of this program: train again, with --train") from error
+    except (*DAMAGE, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged or not a checkpoint of this program") from error
+
+
+# What reading and using a file of another program can raise.
+DAMAGE = (ValueError, KeyError, TypeError, AttributeError, IndexError, NotImplementedError)
 
 
 def restore_scholar(path: Path, scholar: dgr.Scholar, checkpoint: dict[str, Any]) -> None:
     """Give a scholar the weights of a checkpoint."""
     try:
         scholar.load_state_dict(checkpoint["scholar"])
-    except (RuntimeError, KeyError, TypeError) as error:
+    except (*DAMAGE, RuntimeError) as error:
         raise UserError(f"{path} does not fit the flags: {reason(error)[:200]}") from error

@@ -2,10 +2,12 @@
 
 For every task: find what to replay, let the generator learn, let the solver learn, measure precision on all tasks so
 far, save the scholar. What happens is told to observers (`visual.Observer`): the files of the run, the progress bars,
-the live plots. How to learn is in `dgr.py`.
+the live plots. All that training has come to is in its `state_dict`: a run that goes on from there is the run that was
+never stopped. How to learn is in `dgr.py`.
 """
 
 import csv
+import io
 import json
 import math
 import time
@@ -14,17 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import dgr
 import visual
 from data import Split, Task
-from utils import UserError, atomic_write
+from utils import UserError, atomic_write, reason, warn
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How long to learn, from what, and how often to look. Intervals are in iterations."""
+    """How long to learn, from what, and how often to look. Intervals are in iterations, but for the checkpoints'."""
 
     replay_mode: str
     replay_targets: dgr.Targets
@@ -37,6 +40,7 @@ class Schedule:
     test_size: int
     eval_log_interval: int
     loss_log_interval: int
+    checkpoint_interval: float  # seconds
 
 
 def precision(solver: dgr.Solver, split: Split, *, batch_size: int = 1000) -> float:
@@ -48,55 +52,6 @@ def precision(solver: dgr.Solver, split: Split, *, batch_size: int = 1000) -> fl
     return int(right) / len(split)
 
 
-def train(
-    new_scholar: Callable[[], dgr.Scholar],
-    tasks: Sequence[Task],
-    schedule: Schedule,
-    *,
-    observers: Sequence[visual.Observer],
-    sample: Callable[[dgr.Scholar], Tensor],
-    save: Callable[[dgr.Scholar, int], None],
-) -> list[list[float | None]]:
-    """Let a scholar learn the tasks in their order, or a chain of scholars, one for each task.
-
-    sample: draws images that show what the generator knows, without touching training's random stream.
-    save: keeps the scholar after a task, given the number of tasks learned.
-    Returns the precision matrix: row i, column j is precision on task j, over its whole test set, after task i; None
-    for tasks not yet begun, and for those of earlier scholars of a chain.
-    """
-    scholar, matrix = new_scholar(), []
-    for number, task in enumerate(tasks, start=1):
-        current, replay, r = task.train, None, dgr.importance_of_new_task(schedule.importance_of_new_task, number)
-        if number > 1:
-            mode = dgr.REPLAY_MODES[schedule.replay_mode]
-            replay = mode(scholar, [old.train for old in tasks[: number - 1]], schedule.replay_targets)
-        if schedule.chain and number > 1:
-            scholar, current, replay, r = new_scholar(), replay, None, 1.0
-
-        how = {"r": r, "batch_size": schedule.batch_size}
-        if schedule.train_generator:
-            iterations = schedule.generator_iterations
-            learning = dgr.learn_generator(scholar.generator, current, replay, iterations=iterations, **how)
-            for iteration in watched("generator", number, learning, iterations, schedule, observers):
-                show_samples(scholar, number, iteration, iterations, sample, observers)
-
-        iterations, temperature = schedule.solver_iterations, schedule.replay_targets.temperature
-        learning = dgr.learn_solver(
-            scholar.solver, current, replay, iterations=iterations, temperature=temperature, **how
-        )
-        measured = {seen: tasks[seen - 1].test for seen in ([number] if schedule.chain else range(1, number + 1))}
-        glimpses = {seen: test.spread(schedule.test_size) for seen, test in measured.items()}
-        for iteration in watched("solver", number, learning, iterations, schedule, observers):
-            if due(iteration, schedule.eval_log_interval, iterations):
-                tell(observers, "solver", number, iteration, precisions(scholar.solver, glimpses))
-
-        row = precisions(scholar.solver, measured)
-        matrix.append([row.get(f"precision-{seen}") for seen in range(1, len(tasks) + 1)])
-        tell(observers, "test", number, iterations, row)
-        save(scholar, number)
-    return matrix
-
-
 def precisions(solver: dgr.Solver, tests: dict[int, Split]) -> dict[str, float]:
     """Precision on these tasks, by name."""
     return {f"precision-{task}": precision(solver, test) for task, test in tests.items()}
@@ -106,73 +61,231 @@ def due(iteration: int, interval: int, last: int) -> bool:
     return iteration % interval == 0 or iteration == last
 
 
-def watched(
-    phase: str,
-    task: int,
-    learning: Iterator[dict[str, Tensor]],
-    iterations: int,
-    schedule: Schedule,
-    observers: Sequence[visual.Observer],
-) -> Iterator[int]:
-    """Learn, and yield the number of every iteration done. Losses leave the device only when they are told."""
-    for observer in observers:
-        observer.begin(phase, task, iterations)
-    for iteration, losses in enumerate(learning, start=1):
-        for observer in observers:
-            observer.step(iteration)
-        if due(iteration, schedule.loss_log_interval, iterations):
-            values = {name: float(loss) for name, loss in losses.items()}
-            tell(observers, phase, task, iteration, values)
-            if not all(map(math.isfinite, values.values())):
-                raise UserError(
-                    f"training diverged at task {task}, {phase} iteration {iteration} ({values}): try a smaller --lr"
-                )
-        yield iteration
-    for observer in observers:
-        observer.end(phase, task)
+class Training:
+    """A scholar, or a chain of them, on its way through the tasks.
+
+    sample: draws images that show what the generator knows, without touching training's random stream.
+    save_scholar: keeps the scholar after a task, given the number of tasks learned.
+    save_state: called after each phase, and in between at the schedule's interval, when `state_dict` is worth keeping.
+    stop_requested: whether somebody asks for an end; training then saves its state and raises `UserError`.
+    """
+
+    def __init__(
+        self,
+        new_scholar: Callable[[], dgr.Scholar],
+        tasks: Sequence[Task],
+        schedule: Schedule,
+        *,
+        observers: Sequence[visual.Observer],
+        sample: Callable[[dgr.Scholar], Tensor],
+        save_scholar: Callable[[dgr.Scholar, int], None],
+        save_state: Callable[[], None] = lambda: None,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ):
+        self.new_scholar, self.tasks, self.schedule = new_scholar, tasks, schedule
+        self.observers, self.sample = observers, sample
+        self.save_scholar, self._save_state, self.stop_requested = save_scholar, save_state, stop_requested
+        self.scholar = new_scholar()
+        self.replay: dgr.ReplayMode | None = None
+        self.task = 1
+        self.done = {"generator": 0, "solver": 0}  # iterations of this task
+        # Row i, column j: precision on task j, over its whole test set, after task i; None for tasks not yet begun, and
+        # for those of earlier scholars of a chain.
+        self.matrix: list[list[float | None]] = []
+
+    def run(self) -> list[list[float | None]]:
+        """Learn the tasks that are left, in their order. Returns the precision matrix."""
+        self._save_state()
+        self._last_saved = time.monotonic()
+        while self.task <= len(self.tasks):
+            self._learn_task()
+            self.replay, self.done, self.task = None, dict.fromkeys(self.done, 0), self.task + 1
+            self.save_state()
+        return self.matrix
+
+    def _learn_task(self) -> None:
+        schedule, task = self.schedule, self.tasks[self.task - 1]
+        if self.task > 1 and self.replay is None:
+            self.replay = self._old_scholar_as_replay()
+            if schedule.chain:
+                self.scholar = self.new_scholar()
+        if schedule.chain and self.replay:
+            current, replay, r = self.replay, None, 1.0
+        else:
+            r = dgr.importance_of_new_task(schedule.importance_of_new_task, self.task)
+            current, replay = task.train, self.replay
+        how: dict[str, Any] = {"r": r, "batch_size": schedule.batch_size}
+
+        if schedule.train_generator:
+            iterations = schedule.generator_iterations
+            left = iterations - self.done["generator"]
+            learning = dgr.learn_generator(self.scholar.generator, current, replay, iterations=left, **how)
+            for iteration in self._watched("generator", learning, iterations):
+                self._show_samples(iteration, iterations)
+
+        iterations, how["temperature"] = schedule.solver_iterations, schedule.replay_targets.temperature
+        left = iterations - self.done["solver"]
+        learning = dgr.learn_solver(self.scholar.solver, current, replay, iterations=left, **how)
+        seen = [self.task] if schedule.chain else range(1, self.task + 1)
+        measured = {number: self.tasks[number - 1].test for number in seen}
+        glimpses = {number: test.spread(schedule.test_size) for number, test in measured.items()}
+        for iteration in self._watched("solver", learning, iterations):
+            if due(iteration, schedule.eval_log_interval, iterations):
+                self._tell("solver", iteration, precisions(self.scholar.solver, glimpses))
+
+        row = precisions(self.scholar.solver, measured)
+        self.matrix.append([row.get(f"precision-{number}") for number in range(1, len(self.tasks) + 1)])
+        self._tell("test", iterations, row)
+        self._check_finite("solver", iterations)
+        self.save_scholar(self.scholar, self.task)
+
+    def _old_scholar_as_replay(self) -> dgr.ReplayMode:
+        old_tasks = [old.train for old in self.tasks[: self.task - 1]]
+        return dgr.REPLAY_MODES[self.schedule.replay_mode](self.scholar, old_tasks, self.schedule.replay_targets)
+
+    def _watched(self, phase: str, learning: Iterator[dict[str, Tensor]], iterations: int) -> Iterator[int]:
+        """Learn, and yield the number of every iteration done. Losses leave the device only when they are told."""
+        if self.done[phase] == iterations:
+            return
+        for observer in self.observers:
+            observer.begin(phase, self.task, iterations)
+        for iteration, losses in enumerate(learning, start=self.done[phase] + 1):
+            for observer in self.observers:
+                observer.step(iteration)
+            if due(iteration, self.schedule.loss_log_interval, iterations):
+                values = {name: float(loss) for name, loss in losses.items()}
+                self._tell(phase, iteration, values)
+                if not all(map(math.isfinite, values.values())):
+                    raise self._diverged(phase, iteration)
+            yield iteration
+            self.done[phase] = iteration
+            if self.stop_requested():
+                self.save_state(phase)
+                at = f"task {self.task}, {phase} iteration {iteration}"
+                raise UserError(f"stopped at {at}; the same command with --resume goes on")
+            if iteration == iterations or time.monotonic() - self._last_saved >= self.schedule.checkpoint_interval:
+                self.save_state(phase)
+        for observer in self.observers:
+            observer.end(phase, self.task)
+
+    def _show_samples(self, iteration: int, iterations: int) -> None:
+        """Draw samples if an observer wants them now."""
+        curious = [o for o in self.observers if o.image_interval and due(iteration, o.image_interval, iterations)]
+        if curious:
+            images = self.sample(self.scholar)
+            for observer in curious:
+                observer.images(self.task, iteration, images)
+
+    def _tell(self, phase: str, iteration: int, values: dict[str, float]) -> None:
+        for observer in self.observers:
+            observer.scalars(phase, self.task, iteration, values)
+
+    def _check_finite(self, phase: str, iteration: int) -> None:
+        part = getattr(self.scholar, phase)
+        if not all(bool(value.isfinite().all()) for value in (*part.parameters(), *part.buffers())):
+            raise self._diverged(phase, iteration)
+
+    def _diverged(self, phase: str, iteration: int) -> UserError:
+        flags = "--lr" if phase == "solver" else "--lr or --generator-lambda"
+        return UserError(
+            f"training diverged at task {self.task}, {phase} iteration {iteration}, a loss or weight not being finite: "
+            f"try another {flags}, or --precision=fp32; the last good checkpoint is kept"
+        )
+
+    # ---------------------------------------------------------------------------------------------- its state
+
+    def save_state(self, phase: str = "solver") -> None:
+        """Keep what training has come to, unless it is broken."""
+        self._check_finite(phase, self.done[phase])
+        self._save_state()
+        self._last_saved = time.monotonic()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that what comes next depends on, as tensors and plain values."""
+        return {
+            "task": self.task,
+            "done": dict(self.done),
+            "matrix": self.matrix,
+            "scholar": self.scholar.state_dict(),
+            "optimisers": {name: optimiser.state_dict() for name, optimiser in optimisers_of(self.scholar).items()},
+            "replay": self.replay.state_dict() if self.replay else None,
+            "random": torch.get_rng_state(),
+            "random_of_gpus": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to where `state_dict` was called."""
+        self.task, self.done, self.matrix = state["task"], dict(state["done"]), [list(row) for row in state["matrix"]]
+        if state["replay"] is not None:
+            self.replay = self._old_scholar_as_replay()
+            self.replay.load_state_dict(state["replay"])
+        self.scholar.load_state_dict(state["scholar"])
+        for name, optimiser in optimisers_of(self.scholar).items():
+            optimiser.load_state_dict(state["optimisers"][name])
+        torch.set_rng_state(state["random"])
+        if torch.cuda.is_available() and len(state["random_of_gpus"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["random_of_gpus"])
 
 
-def show_samples(
-    scholar: dgr.Scholar,
-    task: int,
-    iteration: int,
-    iterations: int,
-    sample: Callable[[dgr.Scholar], Tensor],
-    observers: Sequence[visual.Observer],
-) -> None:
-    """Draw samples if an observer wants them now."""
-    curious = [o for o in observers if o.image_interval and due(iteration, o.image_interval, iterations)]
-    if curious:
-        images = sample(scholar)
-        for observer in curious:
-            observer.images(task, iteration, images)
-
-
-def tell(observers: Sequence[visual.Observer], phase: str, task: int, iteration: int, values: dict[str, float]) -> None:
-    for observer in observers:
-        observer.scalars(phase, task, iteration, values)
+def optimisers_of(scholar: dgr.Scholar) -> dict[str, torch.optim.Optimizer]:
+    """The optimisers that the parts of a scholar hold as attributes, by the attribute's full name."""
+    return {
+        f"{name}.{attribute}": value
+        for name, module in scholar.named_modules()
+        for attribute, value in vars(module).items()
+        if isinstance(value, torch.optim.Optimizer)
+    }
 
 
 # --------------------------------------------------------------------------------------------- files of a run
 
 
 class RunFiles(visual.Observer):
-    """`config.json`, `metrics.csv` and `summary.json` in the directory of a run."""
+    """`config.json`, `metrics.csv` and `summary.json` in the directory of a run.
+
+    state: what `state_dict` of an unfinished run gave, to go on with its files.
+    """
 
     METRICS = ("phase", "task", "iteration", "name", "value")
 
-    def __init__(self, directory: Path, config: dict[str, Any]):
+    def __init__(self, directory: Path, config: dict[str, Any], state: dict[str, Any] | None = None):
         self.directory = directory
-        self.directory.mkdir(parents=True)
-        self._write_json("config.json", config)
-        self._metrics = (directory / "metrics.csv").open("w", newline="")
-        self._writer = csv.writer(self._metrics, lineterminator="\n")
-        self._writer.writerow(self.METRICS)
+        self._metrics = directory / "metrics.csv"
         self._started = time.monotonic()
+        if state is None:
+            directory.mkdir(parents=True)
+            write_json(directory / "config.json", config)
+            self._metrics.touch()
+            self._length, self._unwritten = 0, ",".join(self.METRICS) + "\n"
+        else:
+            self._started -= state["seconds"]
+            self._length, self._unwritten = state["length"], state["unwritten"]
+        self._warned = False
+        self._write_metrics()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"length": self._length, "unwritten": self._unwritten, "seconds": time.monotonic() - self._started}
 
     def scalars(self, phase: str, task: int, iteration: int, values: dict[str, float]) -> None:
-        self._writer.writerows([phase, task, iteration, name, repr(value)] for name, value in values.items())
-        self._metrics.flush()
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(
+            [phase, task, iteration, name, repr(value)] for name, value in values.items()
+        )
+        self._unwritten += text.getvalue()
+        self._write_metrics()
+
+    def _write_metrics(self) -> None:
+        """Write what is new behind what is known to be written. What fails is tried again; training goes on."""
+        try:
+            with self._metrics.open("r+b") as file:
+                file.seek(self._length)
+                file.truncate()
+                file.write(self._unwritten.encode())
+            self._length, self._unwritten = self._length + len(self._unwritten.encode()), ""
+        except OSError as error:
+            if not self._warned:
+                warn(f"{self._metrics}: {reason(error)}; training goes on and tries again")
+                self._warned = True
 
     def write_summary(self, matrix: list[list[float | None]], **description: Any) -> dict[str, Any]:
         """The outcome of the run; the keys are explained in README.md."""
@@ -183,16 +296,17 @@ class RunFiles(visual.Observer):
             "forgetting": forgetting(matrix),
             "seconds": round(time.monotonic() - self._started, 1),
         }
-        self._write_json("summary.json", summary)
+        self._write_metrics()
+        if self._unwritten:
+            raise UserError(f"{self._metrics} could not be written; put that right and --resume to finish the run")
+        write_json(self.directory / "summary.json", summary)
         return summary
 
-    def close(self) -> None:
-        self._metrics.close()
 
-    def _write_json(self, name: str, content: dict[str, Any]) -> None:
-        with atomic_write(self.directory / name) as file:
-            json.dump(content, file, indent=2)
-            file.write("\n")
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    with atomic_write(path) as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
 
 
 def average_precision(matrix: Sequence[Sequence[float | None]]) -> float:

@@ -1,11 +1,13 @@
 """What has no better home: errors that speak to the user, files that are never half written, where to compute."""
 
 import contextlib
+import fcntl
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +26,8 @@ def run_program(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    except OSError as error:  # a disk that is full, a directory that has gone
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error.filename or 'files'}: {reason(error)}")
     except KeyboardInterrupt:
         sys.exit(f"{Path(sys.argv[0]).name}: stopped")
 
@@ -41,27 +45,25 @@ def reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a file that appears at `path` whole or not at all; what was there before stays until then."""
+def atomic_write(path: Path, mode: str = "w", keep_as: Path | None = None) -> Iterator[IO[Any]]:
+    """Open a file that appears at `path` whole or not at all; what was there before stays until then.
+
+    keep_as: where what was there before is kept afterwards.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    temporary = path.with_name(f".{path.name}.part")
     try:
-        with os.fdopen(handle, mode) as file:
+        with temporary.open(mode) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        if keep_as is not None and path.exists():
+            os.replace(path, keep_as)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(temporary)
+            temporary.unlink()
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def not_writable(directory: Path) -> str | None:
@@ -78,15 +80,50 @@ def not_writable(directory: Path) -> str | None:
         return f"{existing} is not writable ({reason(error)})"
 
 
-def set_aside(path: Path) -> Path | None:
-    """Rename an existing `path` to `path`.1, .2, ... (the highest is the newest). Returns the new name, if any."""
-    if not path.exists():
-        return None
+def set_aside(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
+    """Rename those of the paths that exist, all with one suffix: .1, .2, ... (the highest is the newest).
+
+    Returns the old and the new names.
+    """
     number = 1
-    while (aside := path.with_name(f"{path.name}.{number}")).exists():
+    while any(path.with_name(f"{path.name}.{number}").exists() for path in paths):
         number += 1
-    path.rename(aside)
-    return aside
+    moves = [(path, path.with_name(f"{path.name}.{number}")) for path in paths if path.exists()]
+    for path, aside in moves:
+        path.rename(aside)
+    return moves
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file, which the operating system frees whatever becomes of this process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another run of this name is under way ({path} is locked): wait for it, or give other directories"
+            ) from error
+        yield
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Make the first SIGINT or SIGTERM a request, which the function given here reports; a second one ends at once."""
+    requests: list[int] = []
+
+    def request(number: int, _frame: object) -> None:
+        requests.append(number)
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(requests)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def choose_device(*, gpus: bool = True) -> torch.device:

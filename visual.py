@@ -4,6 +4,7 @@
 Everything drawn from the files of a run needs only those files. The precision plots of runs side by side, with a table:
 
     ./visual.py results/permutated-mnist-none-r1 results/permutated-mnist-generative-replay-r0.3 --output figure.png
+    ./visual.py results/permutated-mnist-none-r1 --visdom        what live plots would have shown, on a visdom server
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
@@ -66,19 +68,20 @@ class Progress(Observer):
 
     def __init__(self, tasks: int):
         self._tasks = tasks
+        self._values: dict[str, float] = {}
         self._bar: tqdm | None = None
 
     def begin(self, phase: str, task: int, iterations: int) -> None:
         self._title = f"task {task}/{self._tasks} {phase}"
         self._iterations = iterations
-        self._values: dict[str, float] = {}
+        self._values = {}
         self._started = time.monotonic()
         if sys.stderr.isatty():
             self._bar = tqdm(total=iterations, desc=self._title, file=sys.stderr, dynamic_ncols=True)
 
     def step(self, iteration: int) -> None:
         if self._bar is not None:
-            self._bar.update()
+            self._bar.update(iteration - self._bar.n)
 
     def scalars(self, phase: str, task: int, iteration: int, values: dict[str, float]) -> None:
         self._values |= values
@@ -104,12 +107,32 @@ class Progress(Observer):
 # ------------------------------------------------------------------------------------------------ sample grids
 
 IMAGES_PER_ROW = 6
+SAMPLES = "samples.png"  # the newest grid, in the directory of a run
 
 
 def save_samples(images: Tensor, path: Path) -> None:
     """Save images (n, channels, height, width) float in [0, 1] as one picture, six a row."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_image(images.cpu(), path, nrow=IMAGES_PER_ROW)
+
+
+def try_to_save_samples(images: Tensor, path: Path) -> None:
+    """Save them, or warn that it can't be done: a picture is no reason to end training."""
+    try:
+        save_samples(images, path)
+    except OSError as error:
+        warn(f"{path}: {reason(error)}; training goes on without this picture")
+
+
+class NewestSamples(Observer):
+    """The newest picture of samples, in the directory of a run."""
+
+    def __init__(self, directory: Path, image_interval: int):
+        self.directory = directory
+        self.image_interval = image_interval
+
+    def images(self, task: int, iteration: int, images: Tensor) -> None:
+        try_to_save_samples(images, self.directory / SAMPLES)
 
 
 class SampleLog(Observer):
@@ -120,50 +143,50 @@ class SampleLog(Observer):
         self.image_interval = image_interval
 
     def images(self, task: int, iteration: int, images: Tensor) -> None:
-        save_samples(images, self.directory / f"task-{task}-iteration-{iteration}.jpg")
+        try_to_save_samples(images, self.directory / f"task-{task}-iteration-{iteration}.jpg")
 
 
 # -------------------------------------------------------------------------------------------------- live plots
 
 
-POST_TIMEOUT = (3.0, 5.0)  # seconds to connect, and to wait for an answer
+POST_TIMEOUT = (2.0, 3.0)  # seconds to connect, and to wait for an answer
 
 
 class LivePlots(Observer):
-    """Live plots on a visdom server, in the environment of the run's name. Training never waits for them.
+    """Live plots of a run on a visdom server, in the environment of its name. Training never waits for them.
 
-    A thread of its own posts the newest state of each window, whole: a slow server gets fewer updates, one that comes
-    back gets complete plots, and a second run of the same name draws over the first.
+    What the files of the run hold already is shown first. A thread of its own posts the newest state of each window,
+    whole: a slow server gets fewer updates, one that comes back gets complete plots, and a second run of the same name
+    draws over the first.
     """
 
     RETRY_SECONDS = 10.0
+    CLOSE_SECONDS = 5.0
 
-    def __init__(self, *, server: str, port: int, run: str, titles: list[str], image_interval: int):
-        self.image_interval = image_interval
+    def __init__(self, run: "Run", server: str, port: int):
+        self.image_interval = run.config["options"]["image_log_interval"]
+        self._lengths = {phase: run.config["options"][f"{phase}_iterations"] for phase in ("generator", "solver")}
+        self._titles = [f"task {number}: {title}" for number, title in enumerate(run.tasks, start=1)]
         self._address = f"{server}:{port}"
-        self._connection = {"server": server, "port": port, "env": run.replace("_", "-")}
-        self._titles = titles
+        self._connection = {"server": server, "port": port, "env": run.config["name"].replace("_", "-")}
         self._curves: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
-        self._offset = dict.fromkeys(("generator", "solver"), 0)
-        self._length = dict.fromkeys(("generator", "solver"), 0)
         self._pending: dict[str, tuple[str, dict[str, Any]]] = {}
         self._changed = threading.Condition()
-        self._closing = False
+        self._closing = self._warned = self._down = False
+        for row in run.rows:
+            self.scalars(row["phase"], int(row["task"]), int(row["iteration"]), {row["name"]: float(row["value"])})
         self._thread = threading.Thread(target=self._post_all, daemon=True)
         self._thread.start()
 
-    def begin(self, phase: str, task: int, iterations: int) -> None:
-        self._offset[phase] = (task - 1) * iterations
-        self._length[phase] = iterations
-
     def scalars(self, phase: str, task: int, iteration: int, values: dict[str, float]) -> None:
-        if phase not in self._offset:
+        if phase not in self._lengths:
             return
         changed = set()
+        at = (task - 1) * self._lengths[phase] + iteration
         for name, value in values.items():
             window, curve = ("precision", name) if name.startswith("precision-") else (f"{phase} {name}", name)
             xs, ys = self._curves.setdefault(window, {}).setdefault(curve, ([], []))
-            xs.append(self._offset[phase] + iteration)
+            xs.append(at)
             ys.append(value)
             changed.add(window)
         for window in changed:
@@ -174,12 +197,21 @@ class LivePlots(Observer):
         pixels = (images * 255).byte().cpu().numpy()
         self._show("samples", "images", tensor=pixels, nrow=IMAGES_PER_ROW, opts={"title": title})
 
+    def picture(self, pixels: np.ndarray, title: str) -> None:
+        """Show a finished sample grid: (height, width, 3) uint8."""
+        self._show("samples", "image", img=pixels.transpose(2, 0, 1), opts={"title": title})
+
+    @property
+    def unsent(self) -> bool:
+        """Whether something has not been taken by the server."""
+        return self._down or bool(self._pending) or self._thread.is_alive()
+
     def close(self) -> None:
-        """Post what is still to be posted, for a few seconds at most."""
+        """Post what is still to be posted: for a few seconds at most, and not to a server that has not answered."""
         with self._changed:
             self._closing = True
             self._changed.notify()
-        self._thread.join(timeout=10)
+        self._thread.join(timeout=0.1 if self._down else self.CLOSE_SECONDS)
 
     def _line(self, window: str, phase: str) -> dict[str, Any]:
         """The curves of a window as columns of one matrix, absent points being NaN."""
@@ -205,7 +237,7 @@ class LivePlots(Observer):
             self._changed.notify()
 
     def _post_all(self) -> None:
-        client, warned = None, False
+        client = None
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._pending or self._closing)
@@ -216,11 +248,12 @@ class LivePlots(Observer):
             try:
                 client = client or connect(**self._connection)
                 getattr(client, method)(win=window, **arguments)
+                self._down = False
             except Exception as error:  # Whatever a plot server does, training goes on.
-                client = None
-                if not warned:
+                client, self._down = None, True
+                if not self._warned:
                     warn(f"no live plots: visdom at {self._address}: {reason(error)[:200]}; training goes on")
-                    warned = True
+                    self._warned = True
                 if isinstance(error, ImportError):
                     return
                 with self._changed:
@@ -257,16 +290,17 @@ class Run:
             summary = directory / "summary.json"
             self.summary = json.loads(summary.read_text()) if summary.exists() else None
             with (directory / "metrics.csv").open(newline="") as file:
-                rows = list(csv.DictReader(file))
+                self.rows = list(csv.DictReader(file))
             self.tasks = self.config["tasks"]
             self.task_length = self.config["options"]["solver_iterations"]
             # Per task: iterations since the start of the run, and precision.
             self.curves: list[tuple[list[int], list[float]]] = [([], []) for _ in self.tasks]
-            for row in rows:
+            for row in self.rows:
                 if row["phase"] == "solver" and row["name"].startswith("precision-"):
                     xs, ys = self.curves[int(row["name"].removeprefix("precision-")) - 1]
                     xs.append((int(row["task"]) - 1) * self.task_length + int(row["iteration"]))
                     ys.append(float(row["value"]))
+            self.directory = directory
         except OSError as error:
             raise UserError(f"{error.filename or directory}: {reason(error)}: not the directory of a run") from error
         except (ValueError, KeyError, TypeError, IndexError) as error:
@@ -328,22 +362,44 @@ def table(runs: list[Run]) -> str:
     return "\n".join(lines)
 
 
+def play_back(run: Run, server: str, port: int) -> None:
+    """Show a run on a visdom server as it would have been shown live: whole curves, and its newest samples."""
+    plots = LivePlots(run, server, port)
+    samples = run.directory / SAMPLES
+    if samples.exists():
+        plots.picture(np.asarray(Image.open(samples)), f"samples of {run.config['name']}")
+    plots.close()
+    if plots.unsent:
+        raise UserError(f"visdom at {server}:{port} did not take the plots: start one, see README.md, and try again")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description="Draw the precision plots of runs side by side and print their table.", allow_abbrev=False
+        description="Draw the precision plots of runs side by side and print their table, or show runs on visdom.",
+        allow_abbrev=False,
     )
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="directory of a run, for instance results/NAME"
     )
-    parser.add_argument("--output", type=Path, required=True, help="the figure: .png, .svg or .pdf")
+    parser.add_argument("--output", type=Path, help="the figure: .png, .svg or .pdf")
+    parser.add_argument("--visdom", action="store_true", help="play the runs back into a visdom server")
+    parser.add_argument("--visdom-server", default="localhost", metavar="HOST", help="where (default: localhost)")
+    parser.add_argument("--visdom-port", type=int, default=8097, metavar="N", help="its port (default: 8097)")
     options = parser.parse_args(arguments)
+    if not (options.output or options.visdom):
+        parser.error("give --output FIGURE or --visdom")
     runs = [Run(directory) for directory in options.runs]
-    try:
-        save_figure(runs, options.output)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--output {options.output}: {reason(error)}") from error
+    if options.visdom:
+        for run in runs:
+            play_back(run, options.visdom_server, options.visdom_port)
+        print(f"visdom: {options.visdom_server}:{options.visdom_port}")
     print(table(runs))
-    print(f"figure: {options.output}")
+    if options.output:
+        try:
+            save_figure(runs, options.output)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--output {options.output}: {reason(error)}") from error
+        print(f"figure: {options.output}")
 
 
 if __name__ == "__main__":

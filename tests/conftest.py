@@ -89,17 +89,24 @@ def real_data() -> Path:
     return directory
 
 
-def run(script: str, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+def start(script: str, *arguments: str, cwd: Path, **environment: str) -> subprocess.Popen:
     """Start a script as a user does, in an empty directory of its own."""
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, str(ROOT / script), *map(str, arguments)],
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
     )
+
+
+def run(script: str, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Start a script as a user does, and wait for its end."""
+    with start(script, *arguments, cwd=cwd, **environment) as process:
+        out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def assert_one_line_error(process: subprocess.CompletedProcess, status: int, *words: str) -> None:

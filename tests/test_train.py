@@ -27,6 +27,7 @@ def schedule(**changes) -> train.Schedule:
         "test_size": 20,
         "eval_log_interval": 3,
         "loss_log_interval": 2,
+        "checkpoint_interval": 1e9,
     }
     return train.Schedule(**settings | changes)
 
@@ -60,15 +61,15 @@ class Recorder(visual.Observer):
 def learn(small_mnist, scholar=None, tasks=2, **changes):
     recorder, saved, scholar = Recorder(), [], scholar or small_scholar()
     noise = torch.zeros(2, 5)
-    matrix = train.train(
+    training = train.Training(
         lambda: scholar,
         small_tasks(small_mnist, tasks),
         schedule(**changes),
         observers=[recorder],
         sample=lambda scholar: scholar.generator.sample(2, noise),
-        save=lambda scholar, task: saved.append(task),
+        save_scholar=lambda scholar, task: saved.append(task),
     )
-    return matrix, recorder, saved
+    return training.run(), recorder, saved
 
 
 def test_precision_counts_right_answers_over_the_whole_split(small_mnist):
@@ -163,14 +164,14 @@ def test_scholars_of_a_chain_learn_from_scratch_and_from_the_last_one_alone(smal
         return plain(solver, current, replay, **how)
 
     monkeypatch.setattr(dgr, "learn_solver", watched)
-    matrix = train.train(
+    matrix = train.Training(
         new_scholar,
         small_tasks(small_mnist, 3),
         schedule(chain=True),
         observers=[],
         sample=lambda scholar: None,
-        save=lambda scholar, task: None,
-    )
+        save_scholar=lambda scholar, task: None,
+    ).run()
     assert [solver for solver, *_ in sources] == [scholar.solver for scholar in scholars] and len(scholars) == 3
     assert isinstance(sources[0][1], data.Split)
     for (_, current, replay, r), teacher in zip(sources[1:], scholars, strict=False):
@@ -217,7 +218,6 @@ def test_metrics_are_on_disk_as_they_are_told(tmp_path):
         ["solver", "1", "30", "loss", "0.30000000000000004"],
         ["solver", "1", "30", "precision-1", "1.0"],
     ]
-    files.close()
 
 
 def test_summary(tmp_path):
@@ -233,4 +233,3 @@ def test_summary(tmp_path):
         "average_precision": 0.625,
         "forgetting": 0.25,
     }
-    files.close()

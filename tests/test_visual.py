@@ -5,9 +5,11 @@ import json
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,7 +56,14 @@ class PlotServer:
 
 
 def live_plots(port: int) -> visual.LivePlots:
-    return visual.LivePlots(server="127.0.0.1", port=port, run="a-run-r0.3", titles=["one", "two"], image_interval=10)
+    """Plots of a run of two tasks that has just begun."""
+    options = {"generator_iterations": 20, "solver_iterations": 6, "image_log_interval": 10}
+    with tempfile.TemporaryDirectory() as directory:
+        files = Path(directory)
+        (files / "metrics.csv").write_text("phase,task,iteration,name,value\n")
+        config = {"name": "a-run-r0.3", "tasks": ["one", "two"], "options": options, "data": {"unverified": []}}
+        (files / "config.json").write_text(json.dumps(config))
+        return visual.LivePlots(visual.Run(files), "127.0.0.1", port)
 
 
 def tell_two_tasks(plots: visual.LivePlots) -> None:
@@ -89,7 +98,7 @@ def test_curves_are_posted_whole_and_begin_with_their_task():
     plots.images(1, 10, torch.rand(7, 1, 32, 32))
     plots.close()
     post = server.newest("precision")
-    assert post["eid"] == "a-run-r0.3" and post["opts"]["legend"] == ["one", "two"]
+    assert post["eid"] == "a-run-r0.3" and post["opts"]["legend"] == ["task 1: one", "task 2: two"]
     first, second = post["data"]
     assert first["x"] == [3, 6, 9, 12] and first["y"] == pytest.approx([0.13, 0.16, 0.13, 0.16])
     begun = [(x, y) for x, y in zip(second["x"], second["y"], strict=True) if y is not None]

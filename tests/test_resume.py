@@ -1,0 +1,328 @@
+"""Runs that are stopped, killed or out of disk: what is left, and that they end as if nothing had happened."""
+
+import contextlib
+import io
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import pytest
+import torch
+from conftest import TINY, run, start
+
+import main
+import models
+import train
+from utils import UserError
+
+NAME = "permutated-mnist-generative-replay-r0.3"
+FLAGS = ["--sample-log", "--sample-log-interval=2", "--image-log-interval=2", "--checkpoint-interval=0"]
+
+
+def flags(cwd, small_mnist, *more: str) -> list[str]:
+    places = {"result": "results", "checkpoint": "checkpoints", "sample": "samples"}
+    places = [f"--{kind}-dir={cwd / place}" for kind, place in places.items()]
+    return ["--train", f"--data-dir={small_mnist}", *TINY, *FLAGS, *places, *more]
+
+
+def run_here(arguments: list[str]) -> str:
+    """Run main.py in this process, which saves its start; returns what it prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        main.run_training(main.parse(arguments))
+    return out.getvalue()
+
+
+def outcome(cwd) -> dict[str, object]:
+    """All files of a finished run, as bytes, times aside."""
+    files = {
+        str(path.relative_to(cwd)): path.read_bytes()
+        for path in sorted(cwd.rglob("*"))
+        if path.is_file() and path.suffix not in (".lock", ".json") and path.name != NAME
+    }
+    scholar = models.load_checkpoint(cwd / "checkpoints" / NAME)
+    weights = {name: value.numpy().tobytes() for name, value in scholar["scholar"].items()}
+    lines = (cwd / "results" / NAME / "summary.json").read_text().splitlines()
+    return files | weights | {"summary": [line for line in lines if '"seconds"' not in line]}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, small_mnist):
+    """What a run leaves that is never stopped."""
+    cwd = tmp_path_factory.mktemp("whole")
+    run_here(flags(cwd, small_mnist))
+    return outcome(cwd)
+
+
+class Cut(Exception):
+    """Ends a run at once, as a kill would."""
+
+
+def run_until(monkeypatch, saves: int, arguments: list[str]) -> None:
+    """Run until the state has been saved so often, and end just before it would be saved again."""
+    left, plain = [saves], models.save_checkpoint
+
+    def save(path, **content):
+        if path.name.endswith(main.UNFINISHED):
+            if left[0] == 0:
+                raise Cut
+            left[0] -= 1
+        plain(path, **content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "save_checkpoint", save)
+        with pytest.raises(Cut):
+            run_here(arguments)
+
+
+# 2 tasks of 4 generator and 6 solver iterations, saved after each, at the start and after each task: 23 states.
+@pytest.mark.parametrize("saves", [1, 2, 5, 6, 11, 12, 14, 16, 17, 22, 23])
+def test_resumed_run_is_the_run_that_was_never_stopped(tmp_path, small_mnist, whole, monkeypatch, saves):
+    if saves < 23:
+        run_until(monkeypatch, saves, flags(tmp_path, small_mnist))
+    else:
+        monkeypatch.setattr(train.RunFiles, "write_summary", lambda *_, **__: (_ for _ in ()).throw(Cut()))
+        with pytest.raises(Cut):
+            run_here(flags(tmp_path, small_mnist))
+        monkeypatch.undo()
+    assert "goes on at task" in run_here(flags(tmp_path, small_mnist, "--resume"))
+    assert outcome(tmp_path) == whole
+
+
+@pytest.mark.parametrize(
+    "arm",
+    [
+        ["--replay-mode=none"],
+        ["--replay-mode=exact-replay", "--replay-targets=soft"],
+        ["--replay-mode=noise-replay"],
+        ["--experiment=mnist-chain"],
+        ["--experiment=split-mnist", "--generator=vae", "--replay-targets=soft"],
+    ],
+)
+def test_every_arm_resumes(tmp_path, small_mnist, monkeypatch, arm):
+    name = main.run_name(main.parse(flags(tmp_path, small_mnist, *arm)))
+    monkeypatch.setattr(sys.modules[__name__], "NAME", name)
+    run_here(flags(tmp_path / "whole", small_mnist, *arm))
+    run_until(monkeypatch, 17, flags(tmp_path / "cut", small_mnist, *arm))
+    run_until(monkeypatch, 4, flags(tmp_path / "cut", small_mnist, *arm, "--resume"))
+    run_here(flags(tmp_path / "cut", small_mnist, *arm, "--resume"))
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
+def test_resume_without_a_run_starts_one_and_leaves_a_finished_one_alone(tmp_path, small_mnist, whole):
+    run_here(flags(tmp_path, small_mnist, "--resume"))
+    assert outcome(tmp_path) == whole
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert "finished" in run_here(flags(tmp_path, small_mnist, "--resume"))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_without_resume_an_unfinished_run_is_set_aside_whole(tmp_path, small_mnist, monkeypatch, whole):
+    run_until(monkeypatch, 14, flags(tmp_path, small_mnist))
+    left = {path.name: path.read_bytes() for path in (tmp_path / "checkpoints").iterdir() if path.suffix != ".lock"}
+    run_here(flags(tmp_path, small_mnist))
+    assert len(left) == 3
+    for name, content in left.items():
+        assert (tmp_path / "checkpoints" / f"{name}.1").read_bytes() == content
+    assert (tmp_path / "results" / f"{NAME}.1" / "metrics.csv").exists()
+    assert not (tmp_path / "results" / f"{NAME}.1" / "summary.json").exists()
+
+
+def test_resume_with_other_flags_is_refused(tmp_path, small_mnist, monkeypatch):
+    run_until(monkeypatch, 3, flags(tmp_path, small_mnist))
+    with pytest.raises(UserError, match=r"--lr 0\.001, not 0\.5.*same flags"):
+        run_here(flags(tmp_path, small_mnist, "--lr=0.5", "--resume"))
+
+
+def test_resume_on_other_data_is_refused(tmp_path, small_mnist, monkeypatch):
+    run_until(monkeypatch, 3, flags(tmp_path, small_mnist))
+    other = shutil.copytree(small_mnist, tmp_path / "other")
+    labels = other / "mnist/MNIST/raw/train-labels-idx1-ubyte"
+    labels.write_bytes(labels.read_bytes()[:-1] + b"\x00")
+    with pytest.raises(UserError, match="other data files"):
+        run_here(flags(tmp_path, other, "--resume"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign", "malicious", "missing"])
+def test_damaged_state_is_named_and_the_one_before_it_used(tmp_path, small_mnist, whole, monkeypatch, capfd, damage):
+    run_until(monkeypatch, 14, flags(tmp_path, small_mnist))
+    state = tmp_path / "checkpoints" / f"{NAME}{main.UNFINISHED}"
+    harm(state, damage, tmp_path)
+    run_here(flags(tmp_path, small_mnist, "--resume"))
+    assert outcome(tmp_path) == whole
+    assert not (tmp_path / "executed").exists()
+    assert damage == "missing" or f"{state} is damaged" in capfd.readouterr().err
+
+
+def test_two_damaged_states_are_refused(tmp_path, small_mnist, monkeypatch):
+    run_until(monkeypatch, 14, flags(tmp_path, small_mnist))
+    state = tmp_path / "checkpoints" / f"{NAME}{main.UNFINISHED}"
+    for path in (state, models.previous(state)):
+        harm(path, "truncated", tmp_path)
+    with pytest.raises(UserError, match=f"{NAME}.*no good state is left"):
+        run_here(flags(tmp_path, small_mnist, "--resume"))
+    assert state.exists() and models.previous(state).exists()
+
+
+class Executed:
+    def __init__(self, directory):
+        self.directory = directory
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.directory}/executed",)
+
+
+def harm(path, damage: str, directory) -> None:
+    content = bytearray(path.read_bytes())
+    if damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "flipped":
+        with zipfile.ZipFile(path) as archive:  # one bit within the largest tensor
+            largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+        content[largest.header_offset + 500] ^= 1
+        path.write_bytes(content)
+    elif damage == "foreign":
+        torch.save({"weights": torch.zeros(3)}, path)
+    elif damage == "malicious":
+        torch.save({"format": models.CHECKPOINT_FORMAT, "training": Executed(directory)}, path)
+    else:
+        path.unlink()
+
+
+def test_nothing_is_written_over_with_broken_weights(tmp_path, small_mnist, monkeypatch):
+    """Losses are looked at seldom, weights before every save."""
+    arguments = flags(tmp_path, small_mnist, "--loss-log-interval=1000")
+    plain, steps = models.step, []
+
+    def step(optimiser, loss):
+        plain(optimiser, loss)
+        steps.append(loss)
+        if len(steps) == 9:  # the third generator iteration of two critic steps and one of the generator
+            with torch.no_grad():
+                optimiser.param_groups[0]["params"][0][0] = float("nan")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "step", step)
+        with pytest.raises(UserError, match=r"diverged.*task 1, generator iteration 3.*--lr.*checkpoint is kept"):
+            run_here(arguments)
+    kept = models.load_checkpoint(tmp_path / "checkpoints" / f"{NAME}{main.UNFINISHED}")
+    assert kept["training"]["done"]["generator"] == 2
+    assert all(value.isfinite().all() for value in kept["training"]["scholar"].values())
+
+
+# ------------------------------------------------------------------------------ signals, kills, two runs at once
+
+LONG = ["--generator-iterations=2000", "--solver-iterations=1000"]
+
+
+def wait_until(condition, process: subprocess.Popen, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.01)
+
+
+def start_long_run(cwd, small_mnist) -> subprocess.Popen:
+    """A run that would last for minutes, some iterations after its start."""
+    process = start("main.py", *flags(cwd, small_mnist, *LONG, "--checkpoint-interval=1000"), cwd=cwd)
+    metrics = cwd / "results" / NAME / "metrics.csv"
+    wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 4, process)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_and_says_how_to_go_on(tmp_path, small_mnist, number):
+    process = start_long_run(tmp_path, small_mnist)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "stopped at task 1, generator iteration" in error.splitlines()[-1] and "--resume" in error.splitlines()[-1]
+    kept = models.load_checkpoint(tmp_path / "checkpoints" / f"{NAME}{main.UNFINISHED}")
+    iteration = kept["training"]["done"]["generator"]
+    assert f"generator iteration {iteration};" in error and iteration > 0
+
+
+def test_second_signal_leaves_at_once(tmp_path, small_mnist):
+    """Even from a save that never ends, here to a pipe that nobody reads."""
+    process = start_long_run(tmp_path, small_mnist)
+    part = tmp_path / "checkpoints" / f".{NAME}{main.UNFINISHED}.part"
+    os.mkfifo(part)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=5) == -signal.SIGINT
+    process.communicate()
+
+
+def test_second_run_of_the_same_name_refuses(tmp_path, small_mnist):
+    first = start_long_run(tmp_path, small_mnist)
+    try:
+        with pytest.raises(UserError, match=f"another run of this name.*{NAME}"):
+            run_here(flags(tmp_path, small_mnist))
+        with pytest.raises(UserError, match="another run of this name"):
+            run_here(flags(tmp_path, small_mnist, f"--result-dir={tmp_path / 'elsewhere'}"))
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.communicate()
+
+
+def kill_and_resume(cwd, small_mnist, seconds: float) -> bool:
+    """Kill a run after this time; whether that was before its end. Then resume it to its end."""
+    process = start("main.py", *flags(cwd, small_mnist, "--resume"), cwd=cwd)
+    try:
+        process.communicate(timeout=seconds)
+        return False
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return True
+
+
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=pytest.mark.slow) for n in range(20)])
+def test_killed_at_a_random_moment(tmp_path, small_mnist, whole, seed):
+    """Killed three times, at moments of the whole life of a process, and finished in the end as if it never were."""
+    moments = random.Random(seed)
+    start_up = time.monotonic()
+    run("main.py", "--help", cwd=tmp_path)
+    start_up = time.monotonic() - start_up
+    killed = sum(kill_and_resume(tmp_path, small_mnist, start_up * moments.uniform(0.5, 2.5)) for _ in range(3))
+    assert run("main.py", *flags(tmp_path, small_mnist, "--resume"), cwd=tmp_path).returncode == 0
+    assert outcome(tmp_path) == whole
+    print(f"killed {killed} times of 3")
+
+
+KILLER = """
+import os, random, signal, sys
+sys.argv = ["main.py", *sys.argv[3:]]
+sys.path.insert(0, {root!r})
+import main, utils
+left, moment = int({left}), {moment!r}
+plain = {{"write": os.fsync, "keep": os.replace, "rename": os.replace}}[moment]
+def deadly(*arguments):
+    global left
+    at = moment == "write" or arguments[1].name.endswith(".previous") == (moment == "keep")
+    left -= at
+    if at and left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(*arguments)
+setattr(os, plain.__name__, deadly)
+utils.run_program(main.main)
+"""
+
+
+@pytest.mark.parametrize("moment", ["write", "keep", "rename"])
+def test_killed_within_a_checkpoint_write(tmp_path, small_mnist, whole, moment):
+    """Before the file is flushed, before the old one is moved away, and between that and the new one's coming."""
+    script = KILLER.format(root=str(main.__file__).rsplit("/", 1)[0], left=9, moment=moment)
+    arguments = flags(tmp_path, small_mnist)
+    process = subprocess.run([sys.executable, "-c", script, "-", "-", *arguments], cwd=tmp_path, capture_output=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    run_here(flags(tmp_path, small_mnist, "--resume"))
+    assert outcome(tmp_path) == whole
+    assert not list(tmp_path.rglob("*.part"))
