@@ -36,12 +36,14 @@ from utils import UserError
 QUICK = {
     "mnist_permutation_number": 3,
     "importance_of_new_task": "auto",
+    "generator_z_size": 32,
     "generator_c_channel_size": 16,
     "generator_g_channel_size": 16,
     "solver_channel_size": 256,
-    "generator_iterations": 800,
+    "generator_iterations": 700,
     "solver_iterations": 300,
     "lr": 1e-3,
+    "batch_size": 64,
     "precision": "auto",
 }
 
