@@ -40,7 +40,7 @@ QUICK = {
     "generator_c_channel_size": 16,
     "generator_g_channel_size": 16,
     "solver_channel_size": 256,
-    "generator_iterations": 700,
+    "generator_iterations": 400,
     "solver_iterations": 300,
     "lr": 1e-3,
     "batch_size": 64,
@@ -163,7 +163,7 @@ def make_parser() -> Parser:
         "--replay-targets",
         None,
         "what the solver is to answer to it: true labels, the old solver's class (hard) or probabilities (soft) "
-        "(default: true for exact-replay, else hard)",
+        "(default: true for exact-replay, else hard; with --quick: soft for hard)",
         choices=["true", "hard", "soft"],
     )
     add(
@@ -340,22 +340,29 @@ def check_replay(parser: Parser, options: argparse.Namespace) -> None:
         parser.error(
             f"argument --replay-targets: {options.replay_targets} is not for {options.replay_mode}, which {can}"
         )
+    options.replay_targets = options.replay_targets or default_targets(options)
     if options.temperature is not None and options.replay_targets != "soft":
         parser.error("argument --temperature: it is for --replay-targets=soft")
     if options.experiment in CHAINS and options.replay_mode == "none":
         parser.error(f"argument --replay-mode: {options.experiment} learns from replay alone, and none has no replay")
-    options.replay_targets = options.replay_targets or (kinds[0] if kinds else "hard")
     options.temperature = options.temperature or (SOFT_TEMPERATURE if options.replay_targets == "soft" else 1.0)
 
 
+def default_targets(options: argparse.Namespace) -> str:
+    """The mode's first kind; with --quick soft instead of hard ones, which say more about poor samples."""
+    kinds = dgr.REPLAY_MODES[options.replay_mode].target_kinds
+    if not kinds:
+        return "hard"
+    return "soft" if options.quick and kinds[0] == "hard" else kinds[0]
+
+
 def run_name(options: argparse.Namespace) -> str:
-    """<experiment>-<replay-mode>-r<importance>, and the targets or networks where they are not the usual ones."""
+    """<experiment>-<replay-mode>-r<importance>, and the targets or networks where they are not the default ones."""
     r: float | str = 1 if options.replay_mode == "none" else options.importance_of_new_task
     if options.experiment in CHAINS:
         r = 0
     parts = [options.experiment, options.replay_mode, f"r{r if isinstance(r, str) else format(r, 'g')}"]
-    kinds = dgr.REPLAY_MODES[options.replay_mode].target_kinds
-    parts += [options.replay_targets] if kinds and options.replay_targets != kinds[0] else []
+    parts += [options.replay_targets] if options.replay_targets != default_targets(options) else []
     parts += [options.generator] if options.generator != "wgan" else []
     parts += [options.solver] if options.solver != "cnn" else []
     return "-".join(parts)

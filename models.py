@@ -4,6 +4,7 @@ A WGAN-GP or a VAE that learns the inputs, and a convolutional classifier that l
 `dgr.py` ask for; and the checkpoints that keep them.
 """
 
+import io
 import pickle
 import warnings
 import zipfile
@@ -183,8 +184,10 @@ CHECKPOINT_FORMAT = 2
 
 def save_checkpoint(path: Path, *, keep_previous: bool = False, **content: Any) -> None:
     """Write tensors and plain values; the file appears whole or not at all, and the one before it stays until then."""
+    buffer = io.BytesIO()  # torch's own writer turns a full disk into an error without a reason
+    torch.save({"format": CHECKPOINT_FORMAT, **content}, buffer)
     with atomic_write(path, "wb", keep_as=previous(path) if keep_previous else None) as file:
-        torch.save({"format": CHECKPOINT_FORMAT, **content}, file)
+        file.write(buffer.getbuffer())
 
 
 def previous(path: Path) -> Path:
@@ -208,7 +211,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: {reason(error)}") from error
     except (*DAMAGE, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged or not a checkpoint of this program") from error
+        raise UserError(
+            f"{path} is damaged or not a checkpoint of this program; only --train can make it again"
+        ) from error
 
 
 # What reading and using a file of another program can raise.

@@ -6,7 +6,6 @@ the live plots. All that training has come to is in its `state_dict`: a run that
 never stopped. How to learn is in `dgr.py`.
 """
 
-import csv
 import io
 import json
 import math
@@ -246,45 +245,43 @@ class RunFiles(visual.Observer):
     state: what `state_dict` of an unfinished run gave, to go on with its files.
     """
 
-    METRICS = ("phase", "task", "iteration", "name", "value")
+    METRICS = "phase,task,iteration,name,value\n"
 
     def __init__(self, directory: Path, config: dict[str, Any], state: dict[str, Any] | None = None):
         self.directory = directory
-        self._metrics = directory / "metrics.csv"
+        self._file = directory / "metrics.csv"
+        self._config, self._metrics = config, self.METRICS
         self._started = time.monotonic()
-        if state is None:
-            directory.mkdir(parents=True)
-            write_json(directory / "config.json", config)
-            self._metrics.touch()
-            self._length, self._unwritten = 0, ",".join(self.METRICS) + "\n"
-        else:
+        if state is not None:
+            self._config, self._metrics = state["config"], state["metrics"]
             self._started -= state["seconds"]
-            self._length, self._unwritten = state["length"], state["unwritten"]
-        self._warned = False
+        self._complete = self._warned = False  # whether the files hold everything; whether somebody was told that not
         self._write_metrics()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"length": self._length, "unwritten": self._unwritten, "seconds": time.monotonic() - self._started}
+        return {"config": self._config, "metrics": self._metrics, "seconds": time.monotonic() - self._started}
 
     def scalars(self, phase: str, task: int, iteration: int, values: dict[str, float]) -> None:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(
-            [phase, task, iteration, name, repr(value)] for name, value in values.items()
-        )
-        self._unwritten += text.getvalue()
-        self._write_metrics()
+        rows = "".join(f"{phase},{task},{iteration},{name},{value!r}\n" for name, value in values.items())
+        self._metrics += rows
+        self._write_metrics(rows)
 
-    def _write_metrics(self) -> None:
-        """Write what is new behind what is known to be written. What fails is tried again; training goes on."""
+    def _write_metrics(self, new: str = "") -> None:
+        """Write what is new. Training goes on if that fails, and the next time everything is written."""
         try:
-            with self._metrics.open("r+b") as file:
-                file.seek(self._length)
-                file.truncate()
-                file.write(self._unwritten.encode())
-            self._length, self._unwritten = self._length + len(self._unwritten.encode()), ""
+            if self._complete:
+                with self._file.open("r+") as file:  # fails where the file has gone
+                    file.seek(0, io.SEEK_END)
+                    file.write(new)
+            else:
+                write_json(self.directory / "config.json", self._config)
+                with atomic_write(self._file) as file:
+                    file.write(self._metrics)
+            self._complete = True
         except OSError as error:
+            self._complete = False
             if not self._warned:
-                warn(f"{self._metrics}: {reason(error)}; training goes on and tries again")
+                warn(f"{self._file}: {reason(error)}; training goes on and tries again")
                 self._warned = True
 
     def write_summary(self, matrix: list[list[float | None]], **description: Any) -> dict[str, Any]:
@@ -297,7 +294,7 @@ class RunFiles(visual.Observer):
             "seconds": round(time.monotonic() - self._started, 1),
         }
         self._write_metrics()
-        if self._unwritten:
+        if not self._complete:
             raise UserError(f"{self._metrics} could not be written; put that right and --resume to finish the run")
         write_json(self.directory / "summary.json", summary)
         return summary

@@ -53,10 +53,14 @@ def atomic_write(path: Path, mode: str = "w", keep_as: Path | None = None) -> It
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     try:
-        with temporary.open(mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with temporary.open(mode) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            error.filename = error.filename or str(path)  # a write does not know what it writes to
+            raise
         if keep_as is not None and path.exists():
             os.replace(path, keep_as)
         os.replace(temporary, path)
@@ -98,7 +102,8 @@ def set_aside(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
 def locked(path: Path) -> Iterator[None]:
     """Hold a lock file, which the operating system frees whatever becomes of this process."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    file = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
+    try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -106,6 +111,8 @@ def locked(path: Path) -> Iterator[None]:
                 f"another run of this name is under way ({path} is locked): wait for it, or give other directories"
             ) from error
         yield
+    finally:
+        os.close(file)
 
 
 @contextlib.contextmanager

@@ -21,11 +21,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+from PIL.Image import registered_extensions
 from torch import Tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from utils import UserError, reason, run_program, warn
+from utils import UserError, atomic_write, reason, run_program, warn
 
 # One colour per task in every figure (Okabe and Ito's, which the colour-blind can tell apart), repeated after seven.
 TASK_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -112,8 +113,8 @@ SAMPLES = "samples.png"  # the newest grid, in the directory of a run
 
 def save_samples(images: Tensor, path: Path) -> None:
     """Save images (n, channels, height, width) float in [0, 1] as one picture, six a row."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_image(images.cpu(), path, nrow=IMAGES_PER_ROW)
+    with atomic_write(path, "wb") as file:
+        save_image(images.cpu(), file, nrow=IMAGES_PER_ROW, format=registered_extensions()[path.suffix])
 
 
 def try_to_save_samples(images: Tensor, path: Path) -> None:

@@ -353,7 +353,9 @@ def test_defaults_are_the_ones_users_know():
 def test_quick_changes_defaults_only():
     plain, quick = vars(main.parse(["--train"])), vars(main.parse(["--train", "--quick"]))
     changed = {name for name in plain if plain[name] != quick[name]}
-    assert changed == set(main.QUICK) | {"quick"}
+    assert changed == set(main.QUICK) | {"quick", "replay_targets", "temperature"}
+    assert main.parse(["--train", "--quick", "--replay-targets=hard"]).temperature == 1
+    assert main.parse(["--train", "--quick", "--replay-mode=exact-replay"]).replay_targets == "true"
     assert main.parse(["--lr=0.5", "--train", "--quick", "--solver-iterations=7"]).lr == 0.5
 
 
@@ -362,6 +364,9 @@ def test_quick_changes_defaults_only():
     [
         (["--experiment=svhn-mnist", "--importance-of-new-task=0.40"], "svhn-mnist-generative-replay-r0.4"),
         (["--replay-mode=none", "--importance-of-new-task=0.4"], "permutated-mnist-none-r1"),
+        (["--quick"], "permutated-mnist-generative-replay-rauto"),
+        (["--quick", "--replay-targets=hard"], "permutated-mnist-generative-replay-rauto-hard"),
+        (["--quick", "--replay-mode=none"], "permutated-mnist-none-r1"),
         (["--replay-mode=exact-replay", "--importance-of-new-task=auto"], "permutated-mnist-exact-replay-rauto"),
         (["--importance-of-new-task=1"], "permutated-mnist-generative-replay-r1"),
         (["--tasks", "mnist", "svhn"], "mnist+svhn-generative-replay-r0.3"),

@@ -1,0 +1,276 @@
+#!/usr/bin/env python3
+"""How fast the parts of training are, side by side with the plain way of writing them, in one run.
+
+    make bench                                      at the default widths, on the device that main.py would use
+    benchmarks/bench.py --batch-size=64 --no-gpus   flags of main.py that shape networks, batches and precision go too
+
+The plain way is how the method is usually written: float32, PIL transforms behind a DataLoader, a forward for each
+source of images, a gradient through the generator in the critic's updates, a replay draw for every update, testing in
+training-sized batches. Both ways take turns, and the table has medians. `limit` is the share of what the device could
+do: of the floating-point rate of a large matrix product in the precision of ours, for `batch` of the rate of a large
+copy, both measured in the same run.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import data  # noqa: E402
+import dgr  # noqa: E402
+import main  # noqa: E402
+import models  # noqa: E402
+import train  # noqa: E402
+import utils  # noqa: E402
+
+R = 0.5  # importance of the new task
+IMAGES = 60_000
+TEST_IMAGES = 1024
+CLASSES = 10
+
+# ------------------------------------------------------------------------------------------------ the plain way
+
+
+class PlainImages(Dataset):
+    """Images one at a time, through PIL."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray):
+        self.images, self.labels = images, labels
+        self.transform = transforms.Compose([transforms.Pad(2), transforms.ToTensor()])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
+
+
+def plain_batches(images: PlainImages, options: argparse.Namespace, device: torch.device) -> Iterator[dgr.Pairs]:
+    while True:
+        for x, y in DataLoader(images, options.batch_size, shuffle=True, drop_last=True):
+            yield x.to(device), y.to(device)
+
+
+def plain_replay(old: dgr.Scholar, n: int) -> dgr.Pairs:
+    x = old.generator.net(old.generator.noise(n)).detach()
+    return x, old.solver.net(x).argmax(dim=1).detach()
+
+
+def plain_critic_loss(critic: Any, real: Tensor, fake: Tensor, penalty_weight: float) -> Tensor:
+    epsilon = torch.rand(len(real), 1, 1, 1, device=real.device)
+    x_hat = (epsilon * real + (1 - epsilon) * fake).detach().requires_grad_()
+    scores = critic(x_hat)
+    (gradient,) = torch.autograd.grad(scores, x_hat, torch.ones_like(scores), create_graph=True)
+    penalty = (gradient.flatten(1).norm(dim=1) - 1).square().mean()
+    return critic(fake).mean() - critic(real).mean() + penalty_weight * penalty
+
+
+def plain_generator_update(wgan: models.WGAN, batches: Iterator[dgr.Pairs], old: dgr.Scholar | None) -> None:
+    for _ in range(wgan.critic_updates):
+        x, _ = next(batches)
+        fake = wgan.net(wgan.noise(len(x)))
+        loss = plain_critic_loss(wgan.critic, x, fake, wgan.penalty_weight)
+        if old is not None:
+            x_replayed, _ = plain_replay(old, len(x))
+            fake = wgan.net(wgan.noise(len(x)))
+            replayed = plain_critic_loss(wgan.critic, x_replayed, fake, wgan.penalty_weight)
+            loss = R * loss + (1 - R) * replayed
+        models.step(wgan.critic_optimiser, loss)
+        wgan.optimiser.zero_grad()
+    models.step(wgan.optimiser, -wgan.critic(wgan.net(wgan.noise(len(x)))).mean())
+
+
+def plain_solver_update(solver: models.CNN, batches: Iterator[dgr.Pairs], old: dgr.Scholar | None) -> None:
+    x, y = next(batches)
+    loss = F.cross_entropy(solver.net(x), y)
+    if old is not None:
+        x_replayed, y_replayed = plain_replay(old, len(x))
+        loss = R * loss + (1 - R) * F.cross_entropy(solver.net(x_replayed), y_replayed)
+    models.step(solver.optimiser, loss)
+
+
+def plain_testing(solver: dgr.Solver, images: PlainImages, options: argparse.Namespace, device: torch.device) -> float:
+    right = 0
+    with torch.no_grad():
+        for x, y in DataLoader(images, options.batch_size):
+            right += int((solver.net(x.to(device)).argmax(dim=1) == y.to(device)).sum())
+    return right / len(images)
+
+
+# ------------------------------------------------------------------------------------------------- measuring
+
+
+class Clock:
+    """Seconds that work takes on a device, all of it done."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def seconds(self, work: Callable[[], Any], times: int) -> float:
+        """The mean over so many calls, one after another."""
+        self.wait()
+        start = time.perf_counter()
+        for _ in range(times):
+            work()
+        self.wait()
+        return (time.perf_counter() - start) / times
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def peak_rates(clock: Clock, dtype: torch.dtype | None) -> tuple[float, float]:
+    """Floating-point operations a second of a large matrix product, and bytes a second of a large copy."""
+    n = 8192 if clock.device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=clock.device, dtype=dtype or torch.float32) for _ in range(2))
+    block = torch.zeros(256 * 2**20, dtype=torch.uint8, device=clock.device)
+    target = torch.empty_like(block)
+    product = min(clock.seconds(lambda: a @ b, 3) for _ in range(5))
+    copy = min(clock.seconds(lambda: target.copy_(block), 3) for _ in range(5))
+    return 2 * n**3 / product, 2 * len(block) / copy
+
+
+def operations(work: Callable[[], Any], times: int) -> float:
+    """Floating-point operations of one call."""
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(times):
+            work()
+    return counter.get_total_flops() / times
+
+
+def measure(options: argparse.Namespace, repetitions: int) -> list[dict[str, Any]]:
+    device = utils.choose_device(gpus=not options.no_gpus)
+    dtype = utils.compute_dtype(options.precision, device)
+    clock = Clock(device)
+    torch.manual_seed(options.seed)
+    random = np.random.default_rng(options.seed)
+    raw = random.integers(0, 256, (IMAGES, 28, 28), dtype=np.uint8)
+    labels = random.integers(0, CLASSES, IMAGES)
+    split = data.Split(data.to_32x32(torch.from_numpy(raw)[:, None]).to(device), torch.from_numpy(labels).to(device))
+    test = split.spread(TEST_IMAGES)
+    plain_images, plain_test = PlainImages(raw, labels), PlainImages(raw[:TEST_IMAGES], labels[:TEST_IMAGES])
+
+    scholar_options = main.take(options, models.ScholarOptions)
+
+    def scholar(compute_dtype: torch.dtype | None) -> dgr.Scholar:
+        return models.make_scholar(1, CLASSES, scholar_options, compute_dtype=compute_dtype).to(device)
+
+    ours = scholar(dtype)
+    plain = scholar(None).to(memory_format=torch.contiguous_format)
+    plain_old = plain.remember()
+    batches = plain_batches(plain_images, options, device)
+
+    def replay() -> dgr.GenerativeReplay:
+        return dgr.GenerativeReplay(ours, [split], dgr.Targets("hard"))
+
+    how = {"iterations": sys.maxsize, "batch_size": options.batch_size}
+    generator_alone = dgr.learn_generator(ours.generator, split, None, r=1.0, **how)
+    generator_replay = dgr.learn_generator(ours.generator, split, replay(), r=R, **how)
+    solver_alone = dgr.learn_solver(ours.solver, split, None, r=1.0, **how)
+    solver_replay = dgr.learn_solver(ours.solver, split, replay(), r=R, **how)
+    drawn = replay()
+
+    # So many calls that blocks of replayed pairs are drawn as often as they are used up.
+    block = -(-dgr.ModelReplay.block // options.batch_size)
+    rows: dict[str, tuple[Callable[[], Any], Callable[[], Any], int]] = {
+        "generator-update": (
+            lambda: next(generator_alone),
+            lambda: plain_generator_update(plain.generator, batches, None),
+            2,
+        ),
+        "generator-update-replay": (
+            lambda: next(generator_replay),
+            lambda: plain_generator_update(plain.generator, batches, plain_old),
+            -(-block * 2 // scholar_options.generator_c_updates_per_g_update),
+        ),
+        "solver-update": (lambda: next(solver_alone), lambda: plain_solver_update(plain.solver, batches, None), 4),
+        "solver-update-replay": (
+            lambda: next(solver_replay),
+            lambda: plain_solver_update(plain.solver, batches, plain_old),
+            block,
+        ),
+        "replay-sampling": (
+            lambda: drawn.sample(options.batch_size),
+            lambda: plain_replay(plain_old, options.batch_size),
+            block,
+        ),
+        "batch": (lambda: split.sample(options.batch_size), lambda: next(batches), 200),
+        "testing": (
+            lambda: train.precision(ours.solver, test),
+            lambda: plain_testing(plain_old.solver, plain_test, options, device),
+            1,
+        ),
+    }
+    flops_limit, bytes_limit = peak_rates(clock, dtype)
+    table = []
+    for name, (our_way, plain_way, times) in rows.items():
+        for way in (our_way, plain_way):  # warm up
+            way()
+        our_times, plain_times = [], []
+        for _ in range(repetitions):
+            our_times.append(clock.seconds(our_way, times))
+            plain_times.append(clock.seconds(plain_way, max(1, times // 8)))
+        our_seconds, plain_seconds = statistics.median(our_times), statistics.median(plain_times)
+        if name == "batch":  # reads uint8 pixels, writes them as uint8 and float32, and reads the first again
+            pixels = options.batch_size * split.images[0].numel()
+            share = pixels * (1 + 1 + 1 + 4) / our_seconds / bytes_limit
+        else:
+            share = operations(our_way, times) / our_seconds / flops_limit
+        row = {
+            "name": name,
+            "device": utils.device_name(device),
+            "ours_ms": our_seconds * 1000,
+            "plain_ms": plain_seconds * 1000,
+            "ratio": plain_seconds / our_seconds,
+            "limit_share": share,
+        }
+        table.append(row)
+        print(
+            f"{name:<24} {row['ours_ms']:>10.3f} ms {row['plain_ms']:>10.3f} ms {row['ratio']:>7.1f} x "
+            f"{row['limit_share']:>7.1%} of the limit",
+            flush=True,
+        )
+    on_gpu = device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(
+        f"limits: {flops_limit / 1e9:.0f} GFLOP/s ({dtype or torch.float32}), {bytes_limit / 1e9:.1f} GB/s; "
+        f"peak memory, plain way included: {peak / 2**20:.0f} MiB, of it data: {split.images.nbytes / 2**20:.0f} MiB"
+    )
+    return table
+
+
+def run() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--output", type=Path, default=Path("results/bench.json"), help="(default: %(default)s)")
+    parser.add_argument("--repetitions", type=int, default=7, metavar="N", help="of each way (default: %(default)s)")
+    here, flags = parser.parse_known_args()
+    options = main.parse(["--train", "--precision=auto", *flags])
+    device = utils.choose_device(gpus=not options.no_gpus)
+    print(f"{utils.device_name(device)}, torch {torch.__version__}, commit {utils.commit()}")
+    print(f"{'':<24} {'ours':>13} {'plain':>13} {'ratio':>9}")
+    table = measure(options, here.repetitions)
+    with utils.atomic_write(here.output) as file:
+        json.dump(table, file, indent=2)
+        file.write("\n")
+    print(f"table: {here.output}")
+
+
+if __name__ == "__main__":
+    utils.run_program(run)
