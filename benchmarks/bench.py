@@ -32,12 +32,12 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import data  # noqa: E402
-import dgr  # noqa: E402
-import main  # noqa: E402
-import models  # noqa: E402
-import train  # noqa: E402
-import utils  # noqa: E402
+import data
+import dgr
+import main
+import models
+import train
+import utils
 
 R = 0.5  # importance of the new task
 IMAGES = 60_000
