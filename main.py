@@ -113,7 +113,7 @@ def importance(text: str) -> float | str:
 
 def task_source(text: str) -> str:
     """The name of a data set, or the path of a .npz file."""
-    if text not in data.DATA_SETS and not (text.endswith(".npz") and Path(text).is_file()):
+    if text not in data.DATA_SETS and not (text.endswith(".npz") and os.path.isfile(text)):
         choices = ", ".join(data.DATA_SETS)
         raise argparse.ArgumentTypeError(f"{text!r} is neither an existing .npz file nor one of {choices}")
     return text

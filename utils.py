@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,13 @@ def run_program(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and not re.search("alloc|overflow|out of memory", str(error)):
+            raise
+        sys.exit(
+            f"{Path(sys.argv[0]).name}: error: out of memory: try a smaller --batch-size, --solver-channel-size or "
+            "--generator-c-channel-size and --generator-g-channel-size, or --precision=bf16"
+        )
     except OSError as error:  # a disk that is full, a directory that has gone
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error.filename or 'files'}: {reason(error)}")
     except KeyboardInterrupt:
@@ -72,16 +80,16 @@ def atomic_write(path: Path, mode: str = "w", keep_as: Path | None = None) -> It
 
 def not_writable(directory: Path) -> str | None:
     """Why no file can be made in a directory, which need not exist yet; None if nothing speaks against it."""
-    existing = directory
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
-        return f"{existing} is not a directory"
     try:
+        existing = directory
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        if not existing.is_dir():
+            return f"{existing} is not a directory"
         with tempfile.TemporaryFile(dir=existing):
             return None
     except OSError as error:
-        return f"{existing} is not writable ({reason(error)})"
+        return f"{str(existing)[:200]} is not writable ({reason(error)})"
 
 
 def set_aside(paths: Sequence[Path]) -> list[tuple[Path, Path]]:

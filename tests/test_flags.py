@@ -1,0 +1,74 @@
+"""The command line under random and hostile values: one line and exit status 2, or options that make sense."""
+
+import contextlib
+import io
+import math
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+from conftest import TINY, assert_one_line_error, run
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import main
+
+FLAGS = sorted(string for action in main.make_parser()._actions for string in action.option_strings)
+HOSTILE = ["", " ", "-1", "0", "1", "2", "7", "0.5", "1e-400", "1e400", "nan", "inf", "-inf", "auto", "true", "soft"]
+HOSTILE += ["../../outside", "/", "/dev/null", "/dev/null/x", "a\nb", "é" * 300, "x" * 5000, "\udcff", "--train", "%s%d"]
+HOSTILE += ["9" * 40, "9" * 5000, "0x10", "1_0", "٣", "mnist", "none", "vae", "$(touch executed)", "permutated-mnist"]
+# What a shell can hand over: any text without a null character.
+TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
+VALUES = st.one_of(st.sampled_from(HOSTILE), TEXT, st.integers().map(str), st.floats().map(str))
+ARGUMENTS = st.one_of(
+    st.sampled_from(FLAGS),
+    st.builds("{}={}".format, st.sampled_from(FLAGS), VALUES),
+    st.tuples(st.sampled_from(FLAGS), VALUES),
+    VALUES,
+)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from([["--train"], ["--test"], []]), st.lists(ARGUMENTS, max_size=5))
+@example(["--train"], ["--result-dir=" + "x" * 5000])
+@example(["--train"], ["--data-dir=" + "x" * 5000])
+@example(["--train"], [("--tasks", "x" * 5000 + ".npz")])
+def test_any_command_line_ends_in_one_line_or_in_options(job, arguments):
+    arguments = job + [part for argument in arguments for part in ([argument] if isinstance(argument, str) else argument)]
+    here = Path.cwd()
+    with tempfile.TemporaryDirectory() as empty, contextlib.chdir(empty):
+        out, error = io.StringIO(), io.StringIO()
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+                options = main.parse(arguments)
+        except SystemExit as end:
+            if end.code == 0:
+                assert "--help" in arguments or "-h" in "".join(arguments)
+            else:
+                assert end.code == 2
+                assert error.getvalue().startswith("main.py: error: ") and error.getvalue().count("\n") == 1
+        else:
+            assert options.train or options.test
+            assert 0 < options.lr < math.inf and 0 <= options.beta1 < 1 and options.batch_size >= 1
+            name = main.run_name(options)
+            assert Path(name).name == name and not name.startswith(".")
+        assert os.listdir(empty) == []
+    assert Path.cwd() == here
+
+
+@pytest.mark.parametrize("flag", ["--batch-size=2147483647", "--generator-z-size=2147483647"])
+def test_more_memory_than_there_is_is_one_line(tmp_path, small_mnist, flag):
+    process = run("main.py", "--train", f"--data-dir={small_mnist}", *TINY, flag, cwd=tmp_path)
+    process.stderr = process.stderr.strip().splitlines()[-1]
+    assert_one_line_error(process, 1, "out of memory", "--batch-size")
+
+
+def test_hostile_names_stay_in_their_directories(tmp_path, small_mnist):
+    """A task's name is the file's, and the run's name is made of it."""
+    source = tmp_path / "x" / "..;$(touch executed) \n.npz"
+    source.parent.mkdir()
+    source.write_bytes(b"")
+    options = main.parse(["--train", "--tasks", str(source), f"--result-dir={tmp_path}"])
+    name = main.run_name(options)
+    assert Path(name).name == name and "\n" not in name and "$" not in name
