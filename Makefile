@@ -1,12 +1,15 @@
 # make demo   permutated MNIST with no, exact and generative replay at a size for a laptop, with figure and samples
-# make test   the tests
-# Both make .venv first, with PYTHON (default: python3).
+# make test   the tests                               make test-slow   the long ones: kills at random moments
+# make bench  how fast, beside the plain way          make figures     the README's figures and tables, from arts/runs
+# All make .venv first, with PYTHON (default: python3).
 
 PYTHON ?= python3
 PY := .venv/bin/python
 DEMO ?= --quick --seed 0
+# One test process for each core, each with one thread.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto
 
-.PHONY: demo test lint figures clean
+.PHONY: demo test test-slow bench figures clean
 
 demo: .venv/installed
 	$(PY) run_full_experiments permutated-mnist $(DEMO)
@@ -14,7 +17,16 @@ demo: .venv/installed
 test: .venv/installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pytest
+	$(PYTEST)
+
+test-slow: .venv/installed-dev
+	$(PYTEST) -m slow
+
+bench: .venv/installed
+	$(PY) benchmarks/bench.py
+
+figures: .venv/installed
+	$(PY) arts/figures.py
 
 # Python 3.11 gets its visdom, the last one for it, in a step of its own; later ones have it in requirements.txt.
 PY311 := requirements-visdom-py311.txt
