@@ -164,7 +164,7 @@ class CNN(dgr.Solver):
 class MLP(dgr.Solver):
     """A classifier of linear layers: two hidden ones of solver_channel_size units.
 
-    It can't tell a blurred image from a sharp one as easily as a CNN, and so takes the samples of a VAE for what they show.
+    It tells blurred images from sharp ones less easily than a CNN, and takes samples of a VAE for what they show.
     """
 
     def __init__(self, image_channels: int, classes: int, options: ScholarOptions):

@@ -18,9 +18,9 @@ ARTS = Path(__file__).resolve().parent
 ROOT = ARTS.parent
 sys.path.insert(0, str(ROOT))
 
-import train
-import visual
-from utils import UserError, atomic_write, run_program
+import train  # noqa: E402
+import visual  # noqa: E402
+from utils import UserError, atomic_write, run_program  # noqa: E402
 
 RUNS = ARTS / "runs"
 README = ROOT / "README.md"
@@ -90,8 +90,8 @@ def order(run: visual.Run) -> tuple:
 
 
 def is_plain(run: visual.Run) -> bool:
-    """Whether nothing but the experiment and the replay mode was chosen."""
-    return len(command(run).split()) == 4
+    """Whether nothing but experiment, replay mode and --quick was chosen."""
+    return len(command(run).split()) == 5
 
 
 def command(run: visual.Run) -> str:

@@ -26,8 +26,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -147,12 +148,24 @@ def peak_rates(clock: Clock, dtype: torch.dtype | None) -> tuple[float, float]:
     return 2 * n**3 / product, 2 * len(block) / copy
 
 
+class Operations(TorchDispatchMode):
+    """Counts floating-point operations; FlopCounterMode itself does not go with gradients of gradients."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if count := flop_registry.get(func._overloadpacket):
+            self.total += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 def operations(work: Callable[[], Any], times: int) -> float:
     """Floating-point operations of one call."""
-    with FlopCounterMode(display=False) as counter:
+    with Operations() as counter:
         for _ in range(times):
             work()
-    return counter.get_total_flops() / times
+    return counter.total / times
 
 
 def measure(options: argparse.Namespace, repetitions: int) -> list[dict[str, Any]]:

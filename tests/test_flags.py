@@ -16,8 +16,20 @@ import main
 
 FLAGS = sorted(string for action in main.make_parser()._actions for string in action.option_strings)
 HOSTILE = ["", " ", "-1", "0", "1", "2", "7", "0.5", "1e-400", "1e400", "nan", "inf", "-inf", "auto", "true", "soft"]
-HOSTILE += ["../../outside", "/", "/dev/null", "/dev/null/x", "a\nb", "é" * 300, "x" * 5000, "\udcff", "--train", "%s%d"]
-HOSTILE += ["9" * 40, "9" * 5000, "0x10", "1_0", "٣", "mnist", "none", "vae", "$(touch executed)", "permutated-mnist"]
+HOSTILE += ["../../outside", "/", "/dev/null", "/dev/null/x", "a\nb", "é" * 300, "x" * 5000, "\udcff", "%s%d"]
+HOSTILE += [
+    "--train",
+    "9" * 40,
+    "9" * 5000,
+    "0x10",
+    "1_0",
+    "٣",
+    "mnist",
+    "none",
+    "vae",
+    "$(touch executed)",
+    "permutated-mnist",
+]
 # What a shell can hand over: any text without a null character.
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
 VALUES = st.one_of(st.sampled_from(HOSTILE), TEXT, st.integers().map(str), st.floats().map(str))
@@ -35,7 +47,7 @@ ARGUMENTS = st.one_of(
 @example(["--train"], ["--data-dir=" + "x" * 5000])
 @example(["--train"], [("--tasks", "x" * 5000 + ".npz")])
 def test_any_command_line_ends_in_one_line_or_in_options(job, arguments):
-    arguments = job + [part for argument in arguments for part in ([argument] if isinstance(argument, str) else argument)]
+    arguments = job + [part for each in arguments for part in ([each] if isinstance(each, str) else each)]
     here = Path.cwd()
     with tempfile.TemporaryDirectory() as empty, contextlib.chdir(empty):
         out, error = io.StringIO(), io.StringIO()

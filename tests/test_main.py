@@ -123,6 +123,7 @@ def test_another_seed_gives_another_run(trained, tmp_path, small_mnist):
             ["--generator=vae", "--replay-targets=soft", "--temperature=3"],
             "permutated-mnist-generative-replay-r0.3-soft-vae",
         ),
+        (["--generator=vae", "--solver=mlp"], "permutated-mnist-generative-replay-r0.3-vae-mlp"),
     ],
 )
 def test_every_experiment_and_arm_runs_and_draws(tmp_path, small_mnist, flags, name):

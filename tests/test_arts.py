@@ -1,0 +1,54 @@
+"""The README's figures and tables are what the kept runs say; the benchmark runs and has its rows."""
+
+import importlib.util
+import json
+import re
+import shutil
+
+import pytest
+from conftest import ROOT, TINY, run
+
+
+@pytest.fixture
+def figures(tmp_path, monkeypatch):
+    """arts/figures.py at work on a copy of the repository's README and arts."""
+    spec = importlib.util.spec_from_file_location("figures", ROOT / "arts/figures.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    shutil.copytree(ROOT / "arts", tmp_path / "arts")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    for name, path in {"ROOT": "", "ARTS": "arts", "RUNS": "arts/runs", "README": "README.md"}.items():
+        monkeypatch.setattr(module, name, tmp_path / path)
+    return module
+
+
+def test_readme_says_what_the_kept_runs_say(figures):
+    for picture in figures.ARTS.glob("*-*.png"):
+        picture.unlink()
+    figures.draw_all()
+    assert figures.README.read_text() == (ROOT / "README.md").read_text()
+    shown = re.findall(r"!\[.*?\]\((.*?)\)", figures.README.read_text())
+    assert len(shown) >= 3 and all((figures.ROOT / path).is_file() for path in shown)
+
+
+def test_a_run_is_kept_without_paths_and_shown(figures, tmp_path, small_mnist):
+    flags = ["--train", "--data-dir", small_mnist, *TINY, "--seed=5"]
+    assert run("main.py", *flags, cwd=tmp_path).returncode == 0
+    kept = figures.keep(tmp_path / "results/permutated-mnist-generative-replay-r0.3")
+    assert kept.name == "permutated-mnist-generative-replay-r0.3-seed5"
+    config = json.loads((kept / "config.json").read_text())
+    assert config["options"]["seed"] == 5
+    assert not any(str(value).startswith("/") for value in config["options"].values())
+    figures.draw_all()
+    assert "| 5 | 0.930 | **0." in figures.README.read_text()
+
+
+def test_benchmark_has_its_rows(tmp_path):
+    process = run("benchmarks/bench.py", *TINY, "--repetitions=1", "--output=bench.json", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    rows = json.loads((tmp_path / "bench.json").read_text())
+    names = ["generator-update", "generator-update-replay", "solver-update", "solver-update-replay"]
+    assert [row["name"] for row in rows] == [*names, "replay-sampling", "batch", "testing"]
+    for row in rows:
+        assert set(row) == {"name", "device", "ours_ms", "plain_ms", "ratio", "limit_share"}
+        assert row["ratio"] == pytest.approx(row["plain_ms"] / row["ours_ms"]) and 0 < row["limit_share"] < 1
