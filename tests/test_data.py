@@ -4,7 +4,9 @@ import gzip
 import os
 import pickle
 import struct
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -381,6 +383,23 @@ def test_interrupted_download_leaves_nothing_that_is_taken_for_a_file(monkeypatc
         small_data_set(monkeypatch, tmp_path, fails(stop)).load("small")
     assert files_in(tmp_path) == []
     small_data_set(monkeypatch, tmp_path, delivers(b"official")).load("small")
+
+
+def test_two_runs_download_at_once_into_one_directory(monkeypatch, tmp_path):
+    """Each finds nothing, both download at the same time, and both use whole files."""
+    both = threading.Barrier(2, timeout=20)
+
+    def slowly(directory):
+        (directory / "digits").write_bytes(b"offi")
+        both.wait()
+        (directory / "digits").write_bytes(b"official")
+        both.wait()
+
+    library = small_data_set(monkeypatch, tmp_path, slowly)
+    libraries = [library, data.Library(tmp_path, CPU)]
+    with ThreadPoolExecutor() as threads:
+        lengths = list(threads.map(lambda each: len(each.load("small")[0]), libraries))
+    assert lengths == [1, 1] and files_in(tmp_path) == ["digits"]
 
 
 def test_half_a_file_of_another_program_is_refused(monkeypatch, tmp_path):

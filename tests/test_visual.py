@@ -15,6 +15,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 from PIL import Image
+from test_resume import flags, outcome, run_here
 
 import visual
 from utils import UserError
@@ -175,6 +176,40 @@ def test_plots_go_on_complete_after_a_server_came_back(capsys, monkeypatch):
     again.stop()
 
 
+def slow(handler):
+    time.sleep(1)
+    handler.send_response(200)
+    handler.end_headers()
+
+
+@needs_visdom
+@pytest.mark.parametrize("answer", [hang, forbid, garbage, slow, None])
+def test_a_bad_server_does_not_change_what_is_learned(tmp_path, small_mnist, monkeypatch, answer):
+    monkeypatch.setattr(visual, "POST_TIMEOUT", (0.5, 2))
+    server = PlotServer(answer) if answer else None
+    port = server.port if server else free_port()
+    without = flags(tmp_path / "without", small_mnist)
+    live = [flag for flag in flags(tmp_path / "with", small_mnist) if flag != "--no-visdom"]
+    run_here(without)
+    run_here([*live, "--visdom-server=127.0.0.1", f"--visdom-port={port}"])
+    assert outcome(tmp_path / "with") == outcome(tmp_path / "without")
+
+
+@needs_visdom
+def test_a_run_can_be_played_back_from_its_files(tmp_path, small_mnist):
+    """What was never sent is shown later: the same curves that the run itself would have shown, and its samples."""
+    arguments = [flag for flag in flags(tmp_path, small_mnist) if flag != "--no-visdom"]
+    live, later = PlotServer(), PlotServer()
+    run_here([*arguments, "--visdom-server=127.0.0.1", f"--visdom-port={live.port}"])
+    directory = next((tmp_path / "results").glob("*-r0.3"))
+    visual.main([str(directory), "--visdom", "--visdom-server=127.0.0.1", f"--visdom-port={later.port}"])
+    for window in ("precision", "solver loss", "generator critic-loss"):
+        assert later.newest(window) == live.newest(window)
+    assert later.newest("samples")["opts"]["title"] == f"samples of {directory.name}"
+    with pytest.raises(UserError, match="did not take the plots"):
+        visual.main([str(directory), "--visdom", f"--visdom-port={free_port()}"])
+
+
 def test_visdom_not_installed_is_one_warning(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "visdom", None)
     plots = live_plots(free_port())
@@ -199,7 +234,7 @@ def test_windows_arrive_at_a_real_visdom_server(tmp_path):
         plots.close()
         client = visual.connect(server="127.0.0.1", port=port, env="a-run-r0.3")
         window = json.loads(client.get_window_data(win="precision", env="a-run-r0.3"))
-        assert [trace["name"] for trace in window["content"]["data"]] == ["one", "two"]
+        assert [trace["name"] for trace in window["content"]["data"]] == ["task 1: one", "task 2: two"]
         assert window["content"]["data"][0]["y"] == pytest.approx([0.13, 0.16, 0.13, 0.16])
         windows = json.loads(client.get_window_data(env="a-run-r0.3"))
         assert {w["title"] for w in windows.values()} == {"precision", "solver loss", "samples: task 2, iteration 20"}
