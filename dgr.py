@@ -239,14 +239,21 @@ class GenerativeReplay(ModelReplay):
 
 
 class NoiseReplay(ModelReplay):
-    """Gaussian noise for inputs, answered by the old solver: shows what the inputs of the generator are worth."""
+    """Gaussian noise for inputs, answered by the old solver: shows what the inputs of the generator are worth.
+
+    The noise has the mean and the deviation of the images' values: of any others, the solver's batch normalisation would
+    take statistics that fit neither.
+    """
 
     def __init__(self, old_scholar: Scholar, old_tasks: Sequence[Source], targets: Targets):
         super().__init__(old_scholar, old_tasks, targets)
-        self._image = old_tasks[0].sample(1)[0][0]  # for its shape and device
+        images = torch.cat([task.sample(100)[0] for task in old_tasks])
+        self._shape = images.shape[1:]
+        self.register_buffer("_deviation_and_mean", torch.stack(torch.std_mean(images)))
 
     def draw(self, n: int) -> Pairs:
-        x = torch.randn(n, *self._image.shape, device=self._image.device)
+        deviation, mean = self._deviation_and_mean
+        x = mean + deviation * torch.randn(n, *self._shape, device=mean.device)
         return x, self.targets.of(self.old_scholar.solver, x)
 
 

@@ -49,12 +49,12 @@ MODES = ["none", "noise-replay", "exact-replay", "generative-replay"]
 LEAVE_OUT = re.compile(r"--(train|no-visdom|unverified-data|resume|(data|result|checkpoint|sample)-dir(=\S+)?)$")
 
 
-def keep(directory: Path) -> Path:
+def keep(directory: Path, suffix: str = "") -> Path:
     """Copy the files of a finished run to arts/runs."""
     run = visual.Run(directory)
     if run.summary is None:
         raise UserError(f"{directory} is not finished")
-    target = RUNS / f"{run.config['name']}-seed{run.summary['seed']}"
+    target = RUNS / f"{run.config['name']}-seed{run.summary['seed']}{suffix}"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     for path in run.config["options"]:
@@ -157,8 +157,10 @@ def rel(path: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--keep", nargs="+", type=Path, metavar="RUN", default=[], help="runs to keep in arts/runs")
-    for directory in parser.parse_args().keep:
-        print(f"kept: {keep(directory)}")
+    parser.add_argument("--suffix", default="", metavar="TEXT", help="ends their names, where other flags were chosen")
+    options = parser.parse_args()
+    for directory in options.keep:
+        print(f"kept: {keep(directory, options.suffix)}")
     draw_all()
 
 

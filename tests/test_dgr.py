@@ -308,9 +308,12 @@ def test_exact_replay_can_have_the_old_solvers_answers():
 
 def test_noise_replay_is_gaussian_noise_with_the_old_solvers_answers():
     scholar = small_scholar()
-    x, y = dgr.NoiseReplay(scholar, [Constant(0.5, 1)], HARD).sample(300)
+    x, y = dgr.NoiseReplay(scholar, [Constant(0.2, 1), Constant(0.6, 1)], HARD).sample(300)
     assert x.shape == (300, 1, 32, 32)
-    assert x.mean().item() == pytest.approx(0, abs=0.01) and x.std().item() == pytest.approx(1, abs=0.01)
+    assert x.mean().item() == pytest.approx(0.4, abs=0.01) and x.std().item() == pytest.approx(0.2, abs=0.01)
+    standard = (x - x.mean()) / x.std()  # of gaussian noise: no skew, and the kurtosis of 3
+    assert standard.pow(3).mean().item() == pytest.approx(0, abs=0.05)
+    assert standard.pow(4).mean().item() == pytest.approx(3, abs=0.1)
     assert torch.equal(y, scholar.solver.answer(x))
 
 
