@@ -241,8 +241,8 @@ class GenerativeReplay(ModelReplay):
 class NoiseReplay(ModelReplay):
     """Gaussian noise for inputs, answered by the old solver: shows what the inputs of the generator are worth.
 
-    The noise has the mean and the deviation of the images' values: of any others, the solver's batch normalisation would
-    take statistics that fit neither.
+    The noise has the mean and the deviation of the images' values: with any others, the solver's batch normalisation
+    would take statistics that fit neither.
     """
 
     def __init__(self, old_scholar: Scholar, old_tasks: Sequence[Source], targets: Targets):
