@@ -18,6 +18,7 @@ ARTS = Path(__file__).resolve().parent
 ROOT = ARTS.parent
 sys.path.insert(0, str(ROOT))
 
+import main  # noqa: E402
 import train  # noqa: E402
 import visual  # noqa: E402
 from utils import UserError, atomic_write, run_program  # noqa: E402
@@ -46,7 +47,6 @@ PUBLISHED = {
 }
 EXPERIMENTS = list(dict.fromkeys(experiment for experiment, _ in PUBLISHED))
 MODES = ["none", "noise-replay", "exact-replay", "generative-replay"]
-LEAVE_OUT = re.compile(r"--(train|no-visdom|unverified-data|resume|(data|result|checkpoint|sample)-dir(=\S+)?)$")
 
 
 def keep(directory: Path, suffix: str = "") -> Path:
@@ -91,18 +91,22 @@ def order(run: visual.Run) -> tuple:
 
 def is_plain(run: visual.Run) -> bool:
     """Whether nothing but experiment, replay mode and --quick was chosen."""
-    return len(command(run).split()) == 5
+    return run.config["options"]["quick"] and len(flags_of(run)) == 3
 
 
-def command(run: visual.Run) -> str:
-    """The command of a run, without what does not change its outcome."""
+def flags_of(run: visual.Run) -> list[str]:
+    """The flags that a run's outcome depends on, its seed aside."""
     options = run.config["options"]
-    flags = [flag for flag in run.config["command"][1:] if not LEAVE_OUT.match(flag)]
-    flags = [flag for flag in flags if flag not in ("--seed", str(options["seed"])) and not flag.startswith("--seed")]
-    flags.remove("--quick") if "--quick" in flags else None
-    first = [f"--experiment={options['experiment']}", f"--replay-mode={options['replay_mode']}"]
-    size = ["--quick"] if options["quick"] else []
-    return " ".join(["./main.py --train", *size, *first, *(flag for flag in flags if flag not in first)])
+    flags = ["--quick"] * options["quick"]
+    flags += [f"--experiment={options['experiment']}", f"--replay-mode={options['replay_mode']}"]
+    usual = vars(main.parse(["--train", *flags]))
+    if options["tasks"] is None:
+        changed = {key: value for key, value in options.items() if value != usual[key]}
+        kept = [key for key in changed if key not in main.FREE_TO_CHANGE | {"seed"}]
+        if "replay_targets" in kept and "temperature" in kept:  # one follows from the other
+            kept.remove("temperature")
+        flags += [f"--{key.replace('_', '-')}={changed[key]}" for key in kept]
+    return flags
 
 
 def results_table(runs: list[visual.Run]) -> str:
@@ -111,7 +115,7 @@ def results_table(runs: list[visual.Run]) -> str:
     for run in runs:
         options, summary = run.config["options"], run.summary
         published = PUBLISHED.get((options["experiment"], options["replay_mode"]))
-        flags = command(run).removeprefix("./main.py --train ")
+        flags = " ".join(flags_of(run))
         lines.append(
             f"| `{flags}` | {summary['seed']} | {'' if published is None else format(published, '.3f')} "
             f"| **{summary['average_precision']:.3f}** | {summary['forgetting']:.3f} | {summary['seconds']:.0f} "
@@ -154,7 +158,7 @@ def rel(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def main() -> None:
+def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--keep", nargs="+", type=Path, metavar="RUN", default=[], help="runs to keep in arts/runs")
     parser.add_argument("--suffix", default="", metavar="TEXT", help="ends their names, where other flags were chosen")
@@ -165,4 +169,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(run)

@@ -356,6 +356,8 @@ def test_quick_changes_defaults_only():
     changed = {name for name in plain if plain[name] != quick[name]}
     assert changed == set(main.QUICK) | {"quick", "replay_targets", "temperature"}
     assert main.parse(["--train", "--quick", "--replay-targets=hard"]).temperature == 1
+    assert main.parse(["--experiment=svhn-mnist", "--train", "--quick"]).solver_iterations == 900
+    assert main.parse(["--experiment=svhn-mnist", "--train", "--quick", "--solver-iterations=7"]).solver_iterations == 7
     assert main.parse(["--train", "--quick", "--replay-mode=exact-replay"]).replay_targets == "true"
     assert main.parse(["--lr=0.5", "--train", "--quick", "--solver-iterations=7"]).lr == 0.5
 
