@@ -343,7 +343,12 @@ def save_figure(runs: list[Run], path: Path) -> None:
     notes = sorted({run.data_note for run in runs} - {""})
     experiments = ", ".join(dict.fromkeys(run.config["options"]["experiment"] for run in runs))
     figure.suptitle(" · ".join([experiments, *notes]), fontsize="medium")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=max(1, int(figure.get_figwidth() // 2)),
+        frameon=False,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 

@@ -110,16 +110,23 @@ def flags_of(run: visual.Run) -> list[str]:
 
 
 def results_table(runs: list[visual.Run]) -> str:
-    lines = ["| `./main.py --train` with | seed | paper | ours | forgetting | seconds | commit |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    """A line for each run, with the command that makes it again."""
+    lines = [
+        "`./main.py --train --quick --experiment=... --replay-mode=...` with the further flags, and `--seed=...`:",
+        "",
+        "| experiment | replay mode | further flags | seed | paper | ours | forgetting | seconds | commit |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for run in runs:
         options, summary = run.config["options"], run.summary
-        published = PUBLISHED.get((options["experiment"], options["replay_mode"]))
-        flags = " ".join(flags_of(run))
+        experiment, mode = options["experiment"], options["replay_mode"]
+        published = PUBLISHED.get((experiment, mode))
+        note = f" ({run.data_note})" if run.data_note else ""
+        further = " ".join(f"`{flag}`" for flag in flags_of(run)[3:])
         lines.append(
-            f"| `{flags}` | {summary['seed']} | {'' if published is None else format(published, '.3f')} "
-            f"| **{summary['average_precision']:.3f}** | {summary['forgetting']:.3f} | {summary['seconds']:.0f} "
-            f"| {(run.config['commit'] or '')[:7]} |"
+            f"| {experiment}{note} | {mode} | {further} | {summary['seed']} "
+            f"| {'' if published is None else format(published, '.3f')} | **{summary['average_precision']:.3f}** "
+            f"| {summary['forgetting']:.3f} | {summary['seconds']:.0f} | {(run.config['commit'] or '')[:7]} |"
         )
     return "\n".join(lines)
 
