@@ -76,7 +76,7 @@ def test_files_that_cannot_be_written_do_not_end_training(tmp_path, small_mnist,
 def test_disk_that_turns_read_only(tmp_path, small_mnist):
     process = in_namespace(
         tmp_path,
-        "mount -t tmpfs tmpfs $disk; run & until [ -e $disk/results/*/metrics.csv ]; do sleep 0.01; done; "
+        "mount -t tmpfs tmpfs $disk; run & until [ -e $disk/checkpoints/*.unfinished ]; do sleep 0.01; done; "
         "until mount -o remount,ro $disk 2>/dev/null; do :; done; wait $!; echo status $?; "
         "mount -o remount,rw $disk; run --resume; echo status $?",
         *on_disk(tmp_path, small_mnist),
