@@ -415,6 +415,13 @@ def test_full_experiments_of_one_experiment(tmp_path, small_mnist):
         assert f"| {name} | {average:.3f} |" in (results / "permutated-mnist.md").read_text()
 
 
+def test_full_experiments_take_the_noise_arm_by_name(tmp_path, small_mnist):
+    process = run("run_full_experiments", "noise-replay", "--data-dir", small_mnist, *TINY, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "results/noise-replay.png").exists()
+    assert (tmp_path / "results/permutated-mnist-noise-replay-r0.3/summary.json").exists()
+
+
 def test_full_experiments_stop_at_the_first_failure(tmp_path, small_mnist):
     damaged = write_small_mnist(tmp_path / "damaged")
     (damaged / "mnist/MNIST/raw/t10k-labels-idx1-ubyte").write_bytes(b"")
