@@ -65,6 +65,10 @@ class Split:
         """n random pairs, drawn with replacement."""
         return self.batch(torch.randint(len(self), (n,), device=self.labels.device))
 
+    def inputs(self, n: int) -> Tensor:
+        """The inputs of n random pairs."""
+        return self.sample(n)[0]
+
     def of_classes(self, classes: Tensor) -> "Split":
         """The rows with these labels."""
         rows = torch.isin(self.labels, classes.to(self.labels.device)).nonzero().flatten()

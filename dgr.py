@@ -25,9 +25,11 @@ Pairs = tuple[Tensor, Tensor]
 
 
 class Source(Protocol):
-    """Anything pairs can be drawn from: a task's data, or a replay mode."""
+    """Anything pairs can be drawn from, and inputs alone: a task's data, or a replay mode."""
 
     def sample(self, n: int) -> Pairs: ...
+
+    def inputs(self, n: int) -> Tensor: ...
 
 
 @contextmanager
@@ -122,10 +124,10 @@ class Scholar(nn.Module):
         self.generator = generator
         self.solver = solver
 
-    def sample(self, n: int, targets: "Targets | None" = None) -> Pairs:
-        """n replayed pairs (x', y'): x' ~ G, y' = S(x'), as a class unless `targets` says otherwise."""
+    def sample(self, n: int) -> Pairs:
+        """n replayed pairs (x', y'): x' ~ G, y' = S(x')."""
         x = self.generator.sample(n)
-        return x, (targets or Targets("hard")).of(self.solver, x)
+        return x, self.solver.answer(x)
 
     def remember(self) -> "Scholar":
         """The old scholar H_{i-1} that task i learns from."""
@@ -158,6 +160,7 @@ class ReplayMode(nn.Module):
     """
 
     target_kinds: tuple[str, ...] = ("hard", "soft")  # what it can have as y'; the first is the default
+    block = 64  # pairs that a model draws at once: as many as the device is fastest with
 
     def __init__(self, old_scholar: Scholar, old_tasks: Sequence[Source], targets: Targets):
         super().__init__()
@@ -167,6 +170,10 @@ class ReplayMode(nn.Module):
     def sample(self, n: int) -> Pairs:
         """n replayed pairs (x', y')."""
         raise NotImplementedError
+
+    def inputs(self, n: int) -> Tensor:
+        """n replayed inputs x', for the generator; modes override it to leave out the search for y'."""
+        return self.sample(n)[0]
 
 
 class NoReplay(ReplayMode):
@@ -194,48 +201,65 @@ class ExactReplay(ReplayMode):
 
     def sample(self, n: int) -> Pairs:
         """n real inputs in the order of their tasks, with their labels or the old solver's answers."""
+        x, y = self._stored(n)
+        return x, y if self.targets.kind == "true" else self.targets.of(self.old_scholar.solver, x)
+
+    def inputs(self, n: int) -> Tensor:
+        """n real inputs in the order of their tasks."""
+        return self._stored(n)[0]
+
+    def _stored(self, n: int) -> Pairs:
         task_of_row = torch.randint(len(self.old_tasks), (n,), device="cpu")
         rows = torch.bincount(task_of_row, minlength=len(self.old_tasks)).tolist()
         xs, ys = zip(*(task.sample(k) for task, k in zip(self.old_tasks, rows, strict=True)), strict=True)
-        x, y = torch.cat(xs), torch.cat(ys)
-        return x, y if self.targets.kind == "true" else self.targets.of(self.old_scholar.solver, x)
+        return torch.cat(xs), torch.cat(ys)
 
 
 class ModelReplay(ReplayMode):
-    """Replay without old data. Pairs are drawn `block` at a time, as fast as a large batch, and handed out once."""
+    """Replay without old data: inputs of a model, answered by the old solver.
 
-    block = 512
-    _pairs: Pairs | None = None  # drawn, not yet handed out
+    They are drawn `block` at a time and handed out once.
+    """
 
-    def draw(self, n: int) -> Pairs:
-        """n fresh pairs."""
+    def __init__(self, old_scholar: Scholar, old_tasks: Sequence[Source], targets: Targets):
+        super().__init__(old_scholar, old_tasks, targets)
+        self._drawn: dict[str, tuple[Tensor, ...]] = {}  # not yet handed out: (x',) for the generator, (x', y')
+
+    def draw(self, n: int) -> Tensor:
+        """n fresh inputs x'."""
         raise NotImplementedError
 
     def sample(self, n: int) -> Pairs:
-        """n replayed pairs, the next ones of the block."""
-        if self._pairs is None:
-            self._pairs = self.draw(max(self.block, n))
-        elif len(self._pairs[1]) < n:
-            (x, y), (x_fresh, y_fresh) = self._pairs, self.draw(max(self.block, n))
-            self._pairs = torch.cat([x, x_fresh]), torch.cat([y, y_fresh])
-        x, y = self._pairs
-        self._pairs = x[n:], y[n:]
-        return x[:n], y[:n]
+        """n replayed pairs (x', y'), the next ones of the block."""
+        return self._next("pairs", n)
 
-    def get_extra_state(self) -> tuple[Tensor, ...]:
-        return () if self._pairs is None else tuple(part.clone() for part in self._pairs)
+    def inputs(self, n: int) -> Tensor:
+        """n replayed inputs x', the next ones of the block."""
+        return self._next("inputs", n)[0]
 
-    def set_extra_state(self, state: tuple[Tensor, ...]) -> None:
+    def _next(self, kind: str, n: int) -> tuple[Tensor, ...]:
+        drawn = self._drawn.get(kind, ())
+        if not drawn or len(drawn[0]) < n:
+            x = self.draw(max(self.block, n))
+            fresh = (x, self.targets.of(self.old_scholar.solver, x)) if kind == "pairs" else (x,)
+            drawn = tuple(map(torch.cat, zip(drawn, fresh, strict=True))) if drawn else fresh
+        self._drawn[kind] = tuple(part[n:] for part in drawn)
+        return tuple(part[:n] for part in drawn)
+
+    def get_extra_state(self) -> dict[str, tuple[Tensor, ...]]:
+        return {kind: tuple(part.clone() for part in drawn) for kind, drawn in self._drawn.items()}
+
+    def set_extra_state(self, state: dict[str, tuple[Tensor, ...]]) -> None:
         # In this scholar's memory: a state may have been read on another device.
         device = next(self.old_scholar.parameters()).device
-        self._pairs = tuple(part.to(device) for part in state) or None
+        self._drawn = {kind: tuple(part.to(device) for part in drawn) for kind, drawn in state.items()}
 
 
 class GenerativeReplay(ModelReplay):
     """Inputs of the old generator, answered by the old solver: the method."""
 
-    def draw(self, n: int) -> Pairs:
-        return self.old_scholar.sample(n, self.targets)
+    def draw(self, n: int) -> Tensor:
+        return self.old_scholar.generator.sample(n)
 
 
 class NoiseReplay(ModelReplay):
@@ -251,10 +275,9 @@ class NoiseReplay(ModelReplay):
         self._shape = images.shape[1:]
         self.register_buffer("_deviation_and_mean", torch.stack(torch.std_mean(images)))
 
-    def draw(self, n: int) -> Pairs:
+    def draw(self, n: int) -> Tensor:
         deviation, mean = self._deviation_and_mean
-        x = mean + deviation * torch.randn(n, *self._shape, device=mean.device)
-        return x, self.targets.of(self.old_scholar.solver, x)
+        return mean + deviation * torch.randn(n, *self._shape, device=mean.device)
 
 
 # A new mode is one class like these and one line here.
@@ -288,10 +311,10 @@ class MixedInputs:
     def sample(self, n: int) -> Tensor:
         """n inputs (n, channels, 32, 32), the current ones first."""
         if self.replay is None or self.r == 1:
-            return self.current.sample(n)[0]
+            return self.current.inputs(n)
         # Drawn on the CPU: a count taken from the GPU would make every batch wait for it.
         current = int((torch.rand(n, device="cpu") < self.r).sum())
-        return torch.cat([self.current.sample(current)[0], self.replay.sample(n - current)[0]])
+        return torch.cat([self.current.inputs(current), self.replay.inputs(n - current)])
 
 
 def loss(scores: Tensor, y: Tensor, temperature: float = 1.0) -> Tensor:

@@ -5,6 +5,7 @@ the generator of a scholar out of them. Images are (n, channels, 32, 32) float i
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 IMAGE_SIZE = 32
@@ -21,6 +22,25 @@ class Network(nn.Sequential):
         # One autocast region a forward: its cache of cast weights must not outlive an optimiser step.
         with torch.autocast(x.device.type, self.compute_dtype):
             return super().forward(x).float()
+
+
+class Convolution(nn.Conv2d):
+    """A square convolution; learning on the CPU, a product of two matrices where it has more channels than places.
+
+    There, PyTorch's own spends most of its time on laying out weights and their gradients.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        (k, _), (stride, _), (padding, _) = self.kernel_size, self.stride, self.padding
+        height, width = ((side + 2 * padding - k) // stride + 1 for side in x.shape[2:])
+        places = len(x) * height * width
+        if x.device.type != "cpu" or not torch.is_grad_enabled() or places > self.out_channels:
+            return super().forward(x)
+        patches = F.unfold(x, k, padding=padding, stride=stride).transpose(
+            1, 2
+        )  # (n, height * width, channels * k * k)
+        y = F.linear(patches.flatten(0, 1), self.weight.flatten(1), self.bias)  # (n * height * width, out_channels)
+        return y.view(len(x), height, width, -1).permute(0, 3, 1, 2)
 
 
 def generator_network(*, z_size: int, channel_size: int, image_channels: int) -> Network:
@@ -55,7 +75,7 @@ def critic_network(*, channel_size: int, image_channels: int) -> Network:
     c = channel_size
 
     def downsample(channels_in: int, channels_out: int) -> list[nn.Module]:
-        return [nn.Conv2d(channels_in, channels_out, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        return [Convolution(channels_in, channels_out, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
 
     return Network(
         *downsample(image_channels, c),  # (n, c, 16, 16)

@@ -44,7 +44,6 @@ QUICK = {
     "solver_iterations": 300,
     "lr": 1e-3,
     "batch_size": 64,
-    "precision": "auto",
 }
 
 # And for an experiment whose first task is the harder one: exact replay would go on learning it where the others can't.
@@ -295,9 +294,9 @@ def make_parser() -> Parser:
     add(
         group,
         "--precision",
-        "fp32",
-        "what networks compute in; auto: bf16 where the hardware has it",
-        choices=["fp32", "bf16", "auto"],
+        "auto",
+        "what networks compute in; auto: bf16 where the hardware has it, else fp32",
+        choices=["auto", "fp32", "tf32", "bf16"],
     )
     add(group, "--no-gpus", False, "use the CPU even where there is a GPU", action="store_true")
     add(group, "--visdom-server", "localhost", "where live plots go, if a server answers", metavar="HOST")
@@ -401,7 +400,7 @@ def train_scholar(options: argparse.Namespace, name: str, tasks: list[data.Task]
     device = library.device
     image_channels, classes = tasks[0].train.images.shape[1], data.number_of_classes(tasks)
     scholar_options = take(options, models.ScholarOptions)
-    dtype = utils.compute_dtype(options.precision, device)
+    dtype = utils.choose_precision(options.precision, device)
     generates = options.replay_mode == "generative-replay" or options.sample_log
     schedule = take(
         options,
@@ -410,8 +409,9 @@ def train_scholar(options: argparse.Namespace, name: str, tasks: list[data.Task]
         replay_targets=dgr.Targets(options.replay_targets, options.temperature),
         importance_of_new_task=1.0 if options.replay_mode == "none" else options.importance_of_new_task,
         chain=options.experiment in CHAINS,
+        images_at_once=utils.images_at_once(device),
     )
-    config = describe_run(options, name, tasks, library, device)
+    config = describe_run(options, name, tasks, library, dtype)
     results, scholar_file = options.result_dir / name, options.checkpoint_dir / name
     state_file = options.checkpoint_dir / f"{name}{UNFINISHED}"
 
@@ -535,7 +535,7 @@ def plain(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_run(
-    options: argparse.Namespace, name: str, tasks: list[data.Task], library: data.Library, device: torch.device
+    options: argparse.Namespace, name: str, tasks: list[data.Task], library: data.Library, dtype: torch.dtype | None
 ) -> dict[str, Any]:
     """What one needs to know to repeat a run: the content of its config.json."""
     return {
@@ -544,8 +544,8 @@ def describe_run(
         "options": plain(vars(options)),
         "tasks": [task.name for task in tasks],
         "data": {"checksums": library.checksums, "unverified": library.unverified},
-        "device": utils.device_name(device),
-        "compute_dtype": str(utils.compute_dtype(options.precision, device) or torch.float32),
+        "device": utils.device_name(library.device),
+        "compute_dtype": str(dtype or torch.float32),
         "versions": {
             "python": platform.python_version(),
             "torch": str(torch.__version__),

@@ -44,7 +44,9 @@ class ScholarOptions:
     def optimiser(self, *networks: nn.Module) -> torch.optim.Adam:
         """Adam over all parameters of these networks."""
         parameters = [parameter for network in networks for parameter in network.parameters()]
-        return torch.optim.Adam(parameters, self.lr, (self.beta1, self.beta2), weight_decay=self.weight_decay)
+        return torch.optim.Adam(
+            parameters, self.lr, (self.beta1, self.beta2), weight_decay=self.weight_decay, fused=True
+        )
 
 
 def step(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -149,7 +151,7 @@ class CNN(dgr.Solver):
             width = options.solver_channel_size // 2**remaining
             stride = 2 if remaining < options.solver_reducing_layers else 1
             layers += [
-                nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False),
+                gan.Convolution(channels, width, 3, stride=stride, padding=1, bias=False),
                 nn.BatchNorm2d(width),
                 nn.ReLU(inplace=True),
             ]
@@ -201,7 +203,7 @@ def make_scholar(
 
 # ------------------------------------------------------------------------------------------------- checkpoints
 
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 
 
 def save_checkpoint(path: Path, *, keep_previous: bool = False, **content: Any) -> None:

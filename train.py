@@ -40,20 +40,16 @@ class Schedule:
     eval_log_interval: int
     loss_log_interval: int
     checkpoint_interval: float  # seconds
+    images_at_once: int  # where nothing is learned from them: testing and replay
 
 
-def precision(solver: dgr.Solver, split: Split, *, batch_size: int = 1000) -> float:
+def precision(solver: dgr.Solver, split: Split, images_at_once: int) -> float:
     """The share of images of a split that the solver answers rightly, in [0, 1]."""
     right = 0
-    for start in range(0, len(split), batch_size):
-        x, y = split.batch(slice(start, start + batch_size))
+    for start in range(0, len(split), images_at_once):
+        x, y = split.batch(slice(start, start + images_at_once))
         right = right + (solver.answer(x) == y).sum()
     return int(right) / len(split)
-
-
-def precisions(solver: dgr.Solver, tests: dict[int, Split]) -> dict[str, float]:
-    """Precision on these tasks, by name."""
-    return {f"precision-{task}": precision(solver, test) for task, test in tests.items()}
 
 
 def due(iteration: int, interval: int, last: int) -> bool:
@@ -130,9 +126,9 @@ class Training:
         glimpses = {number: test.spread(schedule.test_size) for number, test in measured.items()}
         for iteration in self._watched("solver", learning, iterations):
             if due(iteration, schedule.eval_log_interval, iterations):
-                self._tell("solver", iteration, precisions(self.scholar.solver, glimpses))
+                self._tell("solver", iteration, self._precisions(glimpses))
 
-        row = precisions(self.scholar.solver, measured)
+        row = self._precisions(measured)
         self.matrix.append([row.get(f"precision-{number}") for number in range(1, len(self.tasks) + 1)])
         self._tell("test", iterations, row)
         self._check_finite("solver", iterations)
@@ -140,7 +136,13 @@ class Training:
 
     def _old_scholar_as_replay(self) -> dgr.ReplayMode:
         old_tasks = [old.train for old in self.tasks[: self.task - 1]]
-        return dgr.REPLAY_MODES[self.schedule.replay_mode](self.scholar, old_tasks, self.schedule.replay_targets)
+        replay = dgr.REPLAY_MODES[self.schedule.replay_mode](self.scholar, old_tasks, self.schedule.replay_targets)
+        replay.block = self.schedule.images_at_once
+        return replay
+
+    def _precisions(self, tests: dict[int, Split]) -> dict[str, float]:
+        at_once = self.schedule.images_at_once
+        return {f"precision-{task}": precision(self.scholar.solver, test, at_once) for task, test in tests.items()}
 
     def _watched(self, phase: str, learning: Iterator[dict[str, Tensor]], iterations: int) -> Iterator[int]:
         """Learn, and yield the number of every iteration done. Losses leave the device only when they are told."""

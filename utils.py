@@ -145,13 +145,26 @@ def choose_device(*, gpus: bool = True) -> torch.device:
     return torch.device("cuda" if gpus and torch.cuda.is_available() else "cpu")
 
 
-def compute_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """What networks compute in: bfloat16, or None for float32. "auto" is bf16 where the hardware multiplies it."""
+def choose_precision(precision: str, device: torch.device) -> torch.dtype | None:
+    """What networks compute in: bfloat16, or None for float32 (of a GPU perhaps tf32, which is set here).
+
+    "auto" is bf16 where the hardware multiplies it.
+    """
     if precision == "auto":
         # Elsewhere bf16 works as well, emulated, and slower than float32.
         native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
         precision = "bf16" if native else "fp32"
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    elif precision == "tf32":
+        raise UserError("--precision tf32 is of GPUs, and this run is on a CPU: give fp32, bf16 or auto")
     return torch.bfloat16 if precision == "bf16" else None
+
+
+def images_at_once(device: torch.device) -> int:
+    """How many images are best answered or drawn together, where nothing is learned: what fits the CPU's cache."""
+    return 512 if device.type == "cuda" else 64
 
 
 def device_name(device: torch.device) -> str:

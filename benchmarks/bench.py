@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import flop_registry
@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
 import dgr
+import gan
 import main
 import models
 import train
@@ -60,6 +61,24 @@ class PlainImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
+
+
+def make_plain(scholar: dgr.Scholar, options: models.ScholarOptions) -> dgr.Scholar:
+    """The same networks with PyTorch's own convolutions, layout and Adam."""
+    for module in scholar.modules():
+        if isinstance(module, gan.Convolution):
+            module.__class__ = nn.Conv2d
+    scholar.to(memory_format=torch.contiguous_format)
+    for part, name, network in (
+        (scholar.generator, "optimiser", scholar.generator.net),
+        (scholar.generator, "critic_optimiser", scholar.generator.critic),
+        (scholar.solver, "optimiser", scholar.solver.net),
+    ):
+        betas = options.beta1, options.beta2
+        setattr(
+            part, name, torch.optim.Adam(network.parameters(), options.lr, betas, weight_decay=options.weight_decay)
+        )
+    return scholar
 
 
 def plain_batches(images: PlainImages, options: argparse.Namespace, device: torch.device) -> Iterator[dgr.Pairs]:
@@ -170,7 +189,7 @@ def operations(work: Callable[[], Any], times: int) -> float:
 
 def measure(options: argparse.Namespace, repetitions: int) -> list[dict[str, Any]]:
     device = utils.choose_device(gpus=not options.no_gpus)
-    dtype = utils.compute_dtype(options.precision, device)
+    dtype = utils.choose_precision(options.precision, device)
     clock = Clock(device)
     torch.manual_seed(options.seed)
     random = np.random.default_rng(options.seed)
@@ -186,12 +205,14 @@ def measure(options: argparse.Namespace, repetitions: int) -> list[dict[str, Any
         return models.make_scholar(1, CLASSES, scholar_options, compute_dtype=compute_dtype).to(device)
 
     ours = scholar(dtype)
-    plain = scholar(None).to(memory_format=torch.contiguous_format)
+    plain = make_plain(scholar(None), scholar_options)
     plain_old = plain.remember()
     batches = plain_batches(plain_images, options, device)
 
     def replay() -> dgr.GenerativeReplay:
-        return dgr.GenerativeReplay(ours, [split], dgr.Targets("hard"))
+        mode = dgr.GenerativeReplay(ours, [split], dgr.Targets("hard"))
+        mode.block = utils.images_at_once(device)
+        return mode
 
     how = {"iterations": sys.maxsize, "batch_size": options.batch_size}
     generator_alone = dgr.learn_generator(ours.generator, split, None, r=1.0, **how)
@@ -200,8 +221,8 @@ def measure(options: argparse.Namespace, repetitions: int) -> list[dict[str, Any
     solver_replay = dgr.learn_solver(ours.solver, split, replay(), r=R, **how)
     drawn = replay()
 
-    # So many calls that blocks of replayed pairs are drawn as often as they are used up.
-    block = -(-dgr.ModelReplay.block // options.batch_size)
+    # So many calls that blocks of replayed pairs are drawn about as often as they are used up.
+    block = 8 * -(-utils.images_at_once(device) // (8 * options.batch_size))
     rows: dict[str, tuple[Callable[[], Any], Callable[[], Any], int]] = {
         "generator-update": (
             lambda: next(generator_alone),
@@ -211,7 +232,7 @@ def measure(options: argparse.Namespace, repetitions: int) -> list[dict[str, Any
         "generator-update-replay": (
             lambda: next(generator_replay),
             lambda: plain_generator_update(plain.generator, batches, plain_old),
-            -(-block * 2 // scholar_options.generator_c_updates_per_g_update),
+            block // 2,
         ),
         "solver-update": (lambda: next(solver_alone), lambda: plain_solver_update(plain.solver, batches, None), 4),
         "solver-update-replay": (
@@ -226,7 +247,7 @@ def measure(options: argparse.Namespace, repetitions: int) -> list[dict[str, Any
         ),
         "batch": (lambda: split.sample(options.batch_size), lambda: next(batches), 200),
         "testing": (
-            lambda: train.precision(ours.solver, test),
+            lambda: train.precision(ours.solver, test, utils.images_at_once(device)),
             lambda: plain_testing(plain_old.solver, plain_test, options, device),
             1,
         ),
@@ -274,7 +295,7 @@ def run() -> None:
     parser.add_argument("--output", type=Path, default=Path("results/bench.json"), help="(default: %(default)s)")
     parser.add_argument("--repetitions", type=int, default=7, metavar="N", help="of each way (default: %(default)s)")
     here, flags = parser.parse_known_args()
-    options = main.parse(["--train", "--precision=auto", *flags])
+    options = main.parse(["--train", *flags])
     device = utils.choose_device(gpus=not options.no_gpus)
     print(f"{utils.device_name(device)}, torch {torch.__version__}, commit {utils.commit()}")
     print(f"{'':<24} {'ours':>13} {'plain':>13} {'ratio':>9}")

@@ -4,8 +4,23 @@ No batching of several sources, no block of replayed pairs, no trick: one image 
 put it. Random numbers are drawn in the order of the program: inputs, noise, epsilon.
 """
 
+import copy
+
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+
+def plain(network, options):
+    """A copy of a network with PyTorch's own convolutions and layout, and its plain Adam."""
+    network = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.__class__ = nn.Conv2d
+    betas = options.beta1, options.beta2
+    return network, torch.optim.Adam(
+        network.parameters(), options.lr, betas, weight_decay=options.weight_decay, foreach=False
+    )
 
 
 def penalty_of_image(critic, real, fake, epsilon):

@@ -35,6 +35,9 @@ class Constant:
     def sample(self, n):
         return torch.full((n, 1, 32, 32), self.value), torch.full((n,), self.label)
 
+    def inputs(self, n):
+        return self.sample(n)[0]
+
 
 def state(module: nn.Module) -> dict:
     return copy.deepcopy(module.state_dict())
@@ -146,6 +149,16 @@ def test_generative_replay_is_the_old_scholars_pairs():
     assert torch.equal(y, scholar.solver.answer(x)) and torch.equal(y, y_expected)
 
 
+@pytest.mark.parametrize("mode", ["generative-replay", "noise-replay", "exact-replay"])
+def test_inputs_for_the_generator_are_the_modes_without_a_search_for_answers(mode, monkeypatch):
+    replay = dgr.REPLAY_MODES[mode](small_scholar(), [Constant(0.2, 1), Constant(0.4, 2)], HARD)
+    torch.manual_seed(3)
+    x, _ = replay.sample(6)
+    monkeypatch.setattr(dgr.Targets, "of", None)
+    torch.manual_seed(3)
+    assert torch.equal(replay.inputs(6), x)
+
+
 def test_generative_replay_hands_out_no_pair_twice():
     replay = generative_replay(small_scholar(), block=16)
     x = torch.cat([replay.sample(8)[0] for _ in range(6)])
@@ -231,8 +244,7 @@ def test_learning_puts_networks_in_training_mode():
 def test_learn_solver_is_adam_on_equation_1():
     """Two iterations of the program and of the plain reference leave the same weights."""
     scholar = small_scholar()
-    solver = copy.deepcopy(scholar.solver.net)
-    optimiser = SMALL.optimiser(solver)
+    solver, optimiser = reference.plain(scholar.solver.net, SMALL)
     current, replayed = Constant(0.1, 1), Constant(0.9, 2)
     losses = list(dgr.learn_solver(scholar.solver, current, replayed, r=0.3, iterations=2, batch_size=4))
     for loss in losses:

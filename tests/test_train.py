@@ -28,6 +28,7 @@ def schedule(**changes) -> train.Schedule:
         "eval_log_interval": 3,
         "loss_log_interval": 2,
         "checkpoint_interval": 1e9,
+        "images_at_once": 64,
     }
     return train.Schedule(**settings | changes)
 
@@ -79,14 +80,14 @@ def test_precision_counts_right_answers_over_the_whole_split(small_mnist):
         def answer(self, x):
             return torch.zeros(len(x), dtype=torch.int64)
 
-    assert train.precision(Zero(torch.nn.Identity()), test, batch_size=7) == 0.1
+    assert train.precision(Zero(torch.nn.Identity()), test, 7) == 0.1
 
 
 def test_measuring_leaves_buffers_and_random_streams_as_they_were(small_mnist):
     """Trap 5: test data leak into running statistics."""
     scholar, test = small_scholar(), small_tasks(small_mnist)[1].test
     before, stream = state(scholar), torch.get_rng_state()
-    train.precision(scholar.solver, test)
+    train.precision(scholar.solver, test, 64)
     assert all(torch.equal(value, before[name]) for name, value in scholar.state_dict().items())
     assert torch.equal(torch.get_rng_state(), stream)
 
