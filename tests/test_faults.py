@@ -45,7 +45,7 @@ def test_full_disk_ends_the_run_and_loses_nothing(tmp_path, small_mnist, whole):
     """Room for the states of the first task, not for those of the second, which hold replayed pairs."""
     process = in_namespace(
         tmp_path,
-        "mount -t tmpfs -o size=3m tmpfs $disk; run; echo status $?; cp -r $disk/checkpoints kept; "
+        "mount -t tmpfs -o size=1300k tmpfs $disk; run; echo status $?; cp -r $disk/checkpoints kept; "
         "mount -o remount,size=64m $disk; run --resume; echo status $?; cp -r $disk after",
         *on_disk(tmp_path, small_mnist),
     )
