@@ -1,15 +1,17 @@
 # make demo   permutated MNIST with no, exact and generative replay at a size for a laptop, with figure and samples
 # make test   the tests                               make test-slow   the long ones: kills at random moments
 # make bench  how fast, beside the plain way          make figures     the README's figures and tables, from arts/runs
+# make report one page on all runs below results: table, figures, commands (RUNS=... for others)
 # All make .venv first, with PYTHON (default: python3).
 
 PYTHON ?= python3
 PY := .venv/bin/python
 DEMO ?= --quick --seed 0
+RUNS ?= results
 # One test process for each core, each with one thread.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto
 
-.PHONY: demo test test-slow bench figures clean
+.PHONY: demo test test-slow bench figures report clean
 
 demo: .venv/installed
 	$(PY) run_full_experiments permutated-mnist $(DEMO)
@@ -27,6 +29,9 @@ bench: .venv/installed
 
 figures: .venv/installed
 	$(PY) arts/figures.py
+
+report: .venv/installed
+	$(PY) visual.py $(RUNS) --report results/report.html
 
 # Python 3.11 gets its visdom, the last one for it, in a step of its own; later ones have it in requirements.txt.
 PY311 := requirements-visdom-py311.txt

@@ -481,13 +481,8 @@ def train_scholar(options: argparse.Namespace, name: str, tasks: list[data.Task]
     report(name, tasks, summary, files.directory, scholar_file)
 
 
-# The state of a run under way, beside its scholar, and what of its options --resume may change.
+# The state of a run under way, beside its scholar.
 UNFINISHED = ".unfinished"
-FREE_TO_CHANGE = {
-    *("train", "test", "quick", "resume", "checkpoint_interval", "no_gpus"),
-    *("data_dir", "unverified_data", "result_dir", "checkpoint_dir", "sample_dir"),
-    *("visdom_server", "visdom_port", "no_visdom"),
-}
 
 
 def is_finished(results: Path, scholar_file: Path) -> bool:
@@ -504,7 +499,7 @@ def read_state(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
         try:
             state = models.load_checkpoint(candidate)
             before, now = state["config"]["options"], config["options"]
-            different = [key for key in now if key not in FREE_TO_CHANGE and before.get(key) != now[key]]
+            different = [key for key in now if key not in utils.FREE_TO_CHANGE and before.get(key) != now[key]]
         except UserError as error:
             problem = error
             utils.warn(f"{error}; the one before it is tried")

@@ -16,6 +16,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+# Options of main.py that say how a run is made, and not what it learns: --resume may change them.
+FREE_TO_CHANGE = {
+    *("train", "test", "quick", "resume", "checkpoint_interval", "no_gpus"),
+    *("data_dir", "unverified_data", "result_dir", "checkpoint_dir", "sample_dir"),
+    *("visdom_server", "visdom_port", "no_visdom"),
+}
+
 
 class UserError(Exception):
     """Something a user can put right. The message is one line: what is wrong, where, and what to do."""

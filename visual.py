@@ -1,40 +1,56 @@
 #!/usr/bin/env python3
 """What people look at: progress bars, live plots in visdom, sample grids, figures.
 
-Everything drawn from the files of a run needs only those files. The precision plots of runs side by side, with a table:
+What is drawn after a run needs only its files:
 
-    ./visual.py results/permutated-mnist-none-r1 results/permutated-mnist-generative-replay-r0.3 --output figure.png
-    ./visual.py results/permutated-mnist-none-r1 --visdom        what live plots would have shown, on a visdom server
+    ./visual.py results                                          the table of all runs in a directory
+    ./visual.py results --figures figures --report report.html   all their figures, and a page with everything
+    ./visual.py results/A results/B --output figure.png          the precision plots of some, side by side
+    ./visual.py results/A --visdom                               what live plots would have shown, on a visdom server
 """
 
 import argparse
+import base64
 import csv
+import html
 import json
 import logging
+import shlex
 import sys
+import tempfile
+import textwrap
 import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw
 from PIL.Image import registered_extensions
 from torch import Tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from utils import UserError, atomic_write, reason, run_program, warn
+from utils import FREE_TO_CHANGE, UserError, atomic_write, reason, run_program, warn
 
-# One colour per task in every figure (Okabe and Ito's, which the colour-blind can tell apart), repeated after seven.
+# One colour per task in every figure (Okabe and Ito's, which the colour-blind can tell apart), repeated after seven,
+# and in those from files one dash pattern, for prints in grey.
 TASK_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+TASK_DASHES = ["-", "--", "-.", (0, (1, 1)), (0, (6, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (3, 1, 1, 1))]
 
 
 def task_colour(task: int) -> str:
     """The colour of task 1, 2, ..."""
     return TASK_COLOURS[(task - 1) % len(TASK_COLOURS)]
+
+
+def task_dash(task: int) -> Any:
+    """The dash pattern of task 1, 2, ..., as matplotlib writes it."""
+    return TASK_DASHES[(task - 1) % len(TASK_DASHES)]
 
 
 class Observer:
@@ -109,6 +125,7 @@ class Progress(Observer):
 
 IMAGES_PER_ROW = 6
 SAMPLES = "samples.png"  # the newest grid, in the directory of a run
+SAMPLE_LOG = "sample-log"  # and where a run that is kept for good has those of --sample-log
 
 
 def save_samples(images: Tensor, path: Path) -> None:
@@ -282,8 +299,34 @@ def connect(*, server: str, port: int, env: str) -> Any:
 # ------------------------------------------------------------------------------------------ figures from files
 
 
+# The end of training as published, the mean over tasks, read off figures: of the paper, and of the 2017 repository.
+PUBLISHED: dict[tuple[str, str], tuple[str, str]] = {
+    ("permutated-mnist", "none"): (".53", ".75 to .79"),
+    ("permutated-mnist", "noise-replay"): (".66", ""),
+    ("permutated-mnist", "exact-replay"): (".955", ".96 to .97"),
+    ("permutated-mnist", "generative-replay"): (".93", ".89 to .91"),
+    ("split-mnist", "none"): (".175", ""),
+    ("split-mnist", "noise-replay"): (".20", ""),
+    ("split-mnist", "exact-replay"): (".975", ""),
+    ("split-mnist", "generative-replay"): (".95", ""),
+    ("mnist-svhn", "none"): (".843", ".81"),
+    ("mnist-svhn", "exact-replay"): (".945", ".935"),
+    ("mnist-svhn", "generative-replay"): (".94", ".923"),
+    ("svhn-mnist", "none"): (".815", ".815"),
+    ("svhn-mnist", "exact-replay"): (".948", ".945"),
+    ("svhn-mnist", "generative-replay"): (".943", ".915"),
+    ("mnist-chain", "generative-replay"): (".9856", ""),
+}
+EXPERIMENTS = list(dict.fromkeys(experiment for experiment, _ in PUBLISHED))
+MODES = ["none", "noise-replay", "exact-replay", "generative-replay"]
+# What the runs of one arm may differ in.
+WITHIN_AN_ARM = FREE_TO_CHANGE | {"seed", "test_size", "sample_size", "sample_log"}
+WITHIN_AN_ARM |= {f"{kind}_log_interval" for kind in ("sample", "image", "eval", "loss")}
+Curve = tuple[np.ndarray, np.ndarray]  # iterations since the start of the run, and values
+
+
 class Run:
-    """The files of a run, read back: `config`, `summary` (None if unfinished) and curves of precision."""
+    """The files of a run, read back: `config`, `summary` (None if unfinished) and the rows of `metrics.csv`."""
 
     def __init__(self, directory: Path):
         try:
@@ -292,24 +335,30 @@ class Run:
             self.summary = json.loads(summary.read_text()) if summary.exists() else None
             with (directory / "metrics.csv").open(newline="") as file:
                 self.rows = list(csv.DictReader(file))
-            self.tasks = self.config["tasks"]
-            self.task_length = self.config["options"]["solver_iterations"]
-            # Per task: iterations since the start of the run, and precision.
-            self.curves: list[tuple[list[int], list[float]]] = [([], []) for _ in self.tasks]
+            self.tasks, self.options = self.config["tasks"], self.config["options"]
+            self.lengths = {phase: self.options.get(f"{phase}_iterations", 1) for phase in ("generator", "solver")}
+            self.curves: dict[tuple[str, str], Curve] = {}  # by phase and name
+            points: dict[tuple[str, str], list[tuple[int, float]]] = {}
             for row in self.rows:
-                if row["phase"] == "solver" and row["name"].startswith("precision-"):
-                    xs, ys = self.curves[int(row["name"].removeprefix("precision-")) - 1]
-                    xs.append((int(row["task"]) - 1) * self.task_length + int(row["iteration"]))
-                    ys.append(float(row["value"]))
+                if row["phase"] in self.lengths:
+                    at = (int(row["task"]) - 1) * self.lengths[row["phase"]] + int(row["iteration"])
+                    points.setdefault((row["phase"], row["name"]), []).append((at, float(row["value"])))
+            for key, values in points.items():
+                xs, ys = zip(*values, strict=True)
+                self.curves[key] = np.array(xs), np.array(ys)
             self.directory = directory
         except OSError as error:
             raise UserError(f"{error.filename or directory}: {reason(error)}: not the directory of a run") from error
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise UserError(f"{directory}: not the files of a run ({type(error).__name__}: {reason(error)})") from error
 
     @property
+    def experiment(self) -> str:
+        return self.options["experiment"]
+
+    @property
     def replay_mode(self) -> str:
-        return self.config["options"]["replay_mode"]
+        return self.options["replay_mode"]
 
     @property
     def data_note(self) -> str:
@@ -317,55 +366,387 @@ class Run:
         names = sorted({name.split("/")[0] for name in self.config["data"]["unverified"]})
         return f"not the official files: {', '.join(names)}" if names else ""
 
+    @property
+    def task_titles(self) -> list[str]:
+        return [f"task {number}: {title}" for number, title in enumerate(self.tasks, start=1)]
 
-def draw_precision(axes: Axes, run: Run) -> None:
-    """Precision on each task over solver iterations; a dotted line where each task begins."""
-    for task, (title, (xs, ys)) in enumerate(zip(run.tasks, run.curves, strict=True), start=1):
-        axes.plot(xs, ys, color=task_colour(task), label=f"task {task}: {title}", linewidth=1.5)
-        axes.axvline((task - 1) * run.task_length, color="0.7", linestyle=":", linewidth=1, zorder=0)
-    axes.set(
-        title=run.replay_mode,
-        xlabel="solver iterations",
-        ylabel="precision",
-        xlim=(0, len(run.tasks) * run.task_length),
-        ylim=(0, 1.01),
-    )
-    axes.grid(axis="y", color="0.9")
+    def precision(self, task: int) -> Curve:
+        """Precision on task 1, 2, ... over solver iterations."""
+        return self.curves.get(("solver", f"precision-{task}"), (np.array([]), np.array([])))
 
+    def average_precision(self) -> Curve:
+        """The mean of the precisions on all tasks so far, over solver iterations."""
+        values: dict[int, list[float]] = {}
+        for task in range(1, len(self.tasks) + 1):
+            for x, y in zip(*self.precision(task), strict=True):
+                values.setdefault(int(x), []).append(y)
+        return np.array(sorted(values)), np.array([np.mean(values[x]) for x in sorted(values)])
 
-def save_figure(runs: list[Run], path: Path) -> None:
-    """The precision plots of these runs side by side."""
-    figure = Figure(figsize=(1 + 3.6 * len(runs), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
-    for axes, run in zip(panels, runs, strict=True):
-        draw_precision(axes, run)
-        axes.label_outer()
-    notes = sorted({run.data_note for run in runs} - {""})
-    experiments = ", ".join(dict.fromkeys(run.config["options"]["experiment"] for run in runs))
-    figure.suptitle(" · ".join([experiments, *notes]), fontsize="medium")
-    figure.legend(
-        *panels[0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=max(1, int(figure.get_figwidth() // 2)),
-        frameon=False,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    def kept_samples(self) -> dict[tuple[int, int], Path]:
+        """The pictures of `--sample-log` by task and iteration, in their order."""
+        kept = self.directory / SAMPLE_LOG
+        kept = kept if kept.is_dir() else Path(self.options["sample_dir"]) / self.config["name"]
+        found = {}
+        for path in kept.glob("task-*-iteration-*.jpg"):
+            numbers = tuple(int(word) for word in path.stem.split("-")[1::2])
+            if numbers[0] <= len(self.tasks) and numbers[1] <= self.lengths["generator"]:
+                found[numbers] = path
+        return dict(sorted(found.items()))
 
 
-def table(runs: list[Run]) -> str:
-    """What the finished runs came to, as a table in Markdown."""
-    lines = ["| run | average precision | forgetting | seconds |", "|---|---|---|---|"]
+def find_runs(paths: Sequence[Path]) -> list[Run]:
+    """The runs in these directories and below, in the order of the paper; not those that a later run set aside."""
+    runs = []
+    for path in paths:
+        inside = sorted(file.parent for file in path.rglob("config.json") if (file.parent / "metrics.csv").exists())
+        found = [Run(directory) for directory in inside or [path]]
+        runs += [run for run in found if not run.directory.name.startswith(f"{run.config['name']}.")] or found[:1]
+    place = {name: number for number, name in enumerate([*EXPERIMENTS, *MODES])}
+    return sorted(runs, key=lambda run: (place.get(run.experiment, 99), place[run.replay_mode], run.config["name"]))
+
+
+class Arm:
+    """Runs that differ in nothing but the seed; `label` says how they differ from the other arms."""
+
+    def __init__(self, runs: list[Run]):
+        self.runs, self.first = runs, runs[0]
+        self.label = self.first.replay_mode
+        self.finished = [run for run in runs if run.summary]
+
+    def matrix(self) -> np.ndarray:
+        """Mean over seeds of the precision matrix; NaN where nothing was measured."""
+        return np.mean([np.array(run.summary["precision"], dtype=float) for run in self.finished], axis=0)
+
+    def curve(self, of: Callable[[Run], Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Iterations, mean and standard deviation over seeds, at the iterations that all runs have measured."""
+        curves = [dict(zip(*of(run), strict=True)) for run in self.runs]
+        xs = sorted(set.intersection(*(set(curve) for curve in curves)))
+        ys = np.array([[curve[x] for x in xs] for curve in curves])
+        return np.array(xs), ys.mean(axis=0), ys.std(axis=0, ddof=min(1, len(ys) - 1))
+
+
+def arms_of(runs: Sequence[Run]) -> dict[str, list[Arm]]:
+    """The arms of each experiment."""
+    same: dict[str, list[Run]] = {}
     for run in runs:
-        if run.summary is None:
-            lines.append(f"| {run.config['name']} | not finished | | |")
-        else:
-            summary = run.summary
-            lines.append(
-                f"| {run.config['name']} | {summary['average_precision']:.3f} | {summary['forgetting']:.3f} "
-                f"| {summary['seconds']:.0f} |"
-            )
-    return "\n".join(lines)
+        learned = {key: value for key, value in run.options.items() if key not in WITHIN_AN_ARM}
+        same.setdefault(json.dumps(learned, sort_keys=True), []).append(run)
+    experiments: dict[str, list[Arm]] = {}
+    for alike in same.values():
+        experiments.setdefault(alike[0].experiment, []).append(Arm(alike))
+    for arms in experiments.values():
+        for mode in MODES:
+            label_rivals([arm for arm in arms if arm.first.replay_mode == mode])
+    return experiments
+
+
+def label_rivals(arms: Sequence[Arm]) -> None:
+    """Say of arms of one replay mode what is not as in most of them; targets other than those imply a temperature."""
+    for arm in arms:
+        unusual = []
+        for key, value in arm.first.options.items():
+            values = [rival.first.options.get(key) for rival in arms]
+            if key not in WITHIN_AN_ARM | {"temperature"} and value != max(values, key=values.count):
+                unusual.append(f"{key.replace('_', ' ')} {value}")
+        arm.label += f" ({', '.join(unusual)})" if unusual else ""
+
+
+def draw_band(axes: Axes, curve: tuple[np.ndarray, np.ndarray, np.ndarray], **style: Any) -> None:
+    """A curve, and where it is of several seeds a band of one standard deviation to each side."""
+    xs, mean, deviation = curve
+    axes.plot(xs, mean, linewidth=1.6, **style)
+    if deviation.any():
+        axes.fill_between(xs, mean - deviation, mean + deviation, color=style["color"], alpha=0.2, linewidth=0)
+
+
+def draw_task_boundaries(axes: Axes, run: Run, phase: str = "solver") -> None:
+    """A dotted line where each task begins."""
+    for task in range(len(run.tasks)):
+        axes.axvline(task * run.lengths[phase], color="0.6", linestyle=":", linewidth=1, zorder=0)
+    axes.set(xlim=(0, len(run.tasks) * run.lengths[phase]), xlabel=f"{phase} iterations")
+    axes.grid(axis="y", color="0.92")
+
+
+def panels(count: int, title: str, rows: int = 1, height: float = 3.4) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(0.8 + 3.6 * count, height * rows), layout="constrained")
+    figure.suptitle(title, fontsize="medium")
+    return figure, list(figure.subplots(rows, count, squeeze=False).flat)
+
+
+def title_of(runs: Sequence[Run]) -> str:
+    names = dict.fromkeys(run.experiment for run in runs)
+    return " · ".join([", ".join(names), *sorted({run.data_note for run in runs} - {""})])
+
+
+def legend_below(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    width = max(map(len, labels), default=1) * 0.085 + 0.7  # inches an entry takes
+    columns = max(1, int(figure.get_figwidth() / width))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, handlelength=3)
+
+
+def precision_figure(arms: Sequence[Arm]) -> Figure:
+    """Precision on each task over solver iterations, a panel for each arm."""
+    figure, all_axes = panels(len(arms), title_of([arm.first for arm in arms]))
+    for axes, arm in zip(all_axes, arms, strict=True):
+        for task, title in enumerate(arm.first.task_titles, start=1):
+            curve = arm.curve(lambda run, task=task: run.precision(task))
+            draw_band(axes, curve, color=task_colour(task), linestyle=task_dash(task), label=title)
+        draw_task_boundaries(axes, arm.first)
+        axes.set(title="\n".join(textwrap.wrap(arm.label, 38)), ylabel="precision", ylim=(0, 1.01))
+        axes.title.set_fontsize("medium")
+        axes.label_outer()
+    legend_below(figure, all_axes[0])
+    return figure
+
+
+# Of replay modes, and of further arms: Paul Tol's muted colours, none of them a task's.
+ARM_COLOURS = ["#882255", "#999933", "#117733", "#332288", "#88CCEE", "#CC6677", "#DDCC77"]
+
+
+def arm_styles(arms: Sequence[Arm]) -> list[dict[str, Any]]:
+    """Colour, dash pattern and label of each arm; the first of each replay mode has the mode's in every figure."""
+    styles, further = [], len(MODES)
+    for number, arm in enumerate(arms):
+        at = MODES.index(arm.first.replay_mode)
+        if any(other.first.replay_mode == arm.first.replay_mode for other in arms[:number]):
+            at, further = further, further + 1
+        seeds = f", {len(arm.runs)} seeds" if len(arm.runs) > 1 else ""
+        colour, dash = ARM_COLOURS[at % len(ARM_COLOURS)], task_dash(len(MODES) - at if at < len(MODES) else at + 1)
+        styles.append({"color": colour, "linestyle": dash, "label": arm.label + seeds})
+    return styles
+
+
+def average_figure(arms: Sequence[Arm]) -> Figure:
+    """The mean precision on the tasks so far, all arms in one plot."""
+    figure, (axes,) = panels(1, title_of([arm.first for arm in arms]), height=4)
+    figure.set_figwidth(6.4)
+    for arm, style in zip(arms, arm_styles(arms), strict=True):
+        draw_band(axes, arm.curve(Run.average_precision), **style)
+    draw_task_boundaries(axes, arms[0].first)
+    axes.set(ylabel="average precision on the tasks so far", ylim=(0, 1.01))
+    legend_below(figure, axes)
+    return figure
+
+
+def matrix_figure(arms: Sequence[Arm]) -> Figure | None:
+    """The precision matrix of each arm: on task j after task i, whole test sets; None if no arm is finished."""
+    arms = [arm for arm in arms if arm.finished]
+    if not arms:
+        return None
+    figure, all_axes = panels(len(arms), title_of([arm.first for arm in arms]), height=3.6)
+    for axes, arm in zip(all_axes, arms, strict=True):
+        matrix = arm.matrix()
+        image = axes.imshow(matrix, vmin=0, vmax=1, cmap="cividis")
+        for (row, column), value in np.ndenumerate(matrix):
+            if not np.isnan(value):
+                dark = "white" if value < 0.6 else "black"
+                axes.text(column, row, f"{value:.2f}".lstrip("0"), ha="center", va="center", color=dark)
+        ticks = range(len(matrix))
+        names = [number + 1 for number in ticks]
+        axes.set(title="\n".join(textwrap.wrap(arm.label, 38)), xlabel="precision on task", ylabel="after task")
+        axes.title.set_fontsize("medium")
+        axes.set_xticks(ticks, names)
+        axes.set_yticks(ticks, names)
+    figure.colorbar(image, ax=all_axes, shrink=0.8, label="precision")
+    return figure
+
+
+def loss_figure(arms: Sequence[Arm]) -> Figure | None:
+    """Every loss over its phase's iterations, all arms in each plot; None if none was kept."""
+    keys = dict.fromkeys(key for arm in arms for key in arm.first.curves if not key[1].startswith("precision-"))
+    if not keys:
+        return None
+    figure, all_axes = panels(len(keys), title_of([arm.first for arm in arms]))
+    for axes, (phase, name) in zip(all_axes, keys, strict=True):
+        for arm, style in zip(arms, arm_styles(arms), strict=True):
+            if all((phase, name) in run.curves for run in arm.runs):
+                draw_band(axes, arm.curve(lambda run, key=(phase, name): run.curves[key]), **style)
+        draw_task_boundaries(axes, arms[0].first, phase)
+        axes.set(ylabel=f"{phase} {name}" if name == "loss" else name.replace("-", " "))
+    legend_below(figure, max(all_axes, key=lambda axes: len(axes.get_legend_handles_labels()[0])))
+    return figure
+
+
+def samples_figure(arms: Sequence[Arm]) -> Figure | None:
+    """What the generator draws from the same noise after each task, a row for each arm that kept it (--sample-log)."""
+    shown = [(arm, samples) for arm in arms if (samples := arm.first.kept_samples())]
+    if not shown:
+        return None
+    tasks = len(shown[0][0].first.tasks)
+    figure = Figure(figsize=(0.4 + 2.2 * tasks, 0.6 + 2.4 * len(shown)), layout="constrained")
+    figure.suptitle(f"{title_of([arm.first for arm, _ in shown])}: samples after each task", fontsize="medium")
+    for axes_row, (arm, samples) in zip(figure.subplots(len(shown), tasks, squeeze=False), shown, strict=True):
+        last = {task: path for (task, _), path in samples.items()}
+        axes_row[0].set_ylabel(arm.label)
+        for task, axes in enumerate(axes_row, start=1):
+            axes.set(xticks=[], yticks=[], title=f"after task {task}")
+            axes.title.set_fontsize("medium")
+            if task in last:
+                axes.imshow(np.asarray(Image.open(last[task])))
+    return figure
+
+
+FRAMES = 60  # of an animation, at most
+
+
+def save_animation(arms: Sequence[Arm], path: Path) -> bool:
+    """A GIF of samples through all tasks, the arms that kept them (--sample-log) side by side. Whether there is any."""
+    shown = [(arm, samples) for arm in arms if (samples := arm.first.kept_samples())]
+    moments = sorted(set.intersection(*(set(samples) for _, samples in shown))) if shown else []
+    if not moments:
+        return False
+    every = -(-len(moments) // FRAMES)
+    frames = []
+    for task, iteration in moments[::every]:
+        grids = [Image.open(samples[task, iteration]).convert("RGB") for _, samples in shown]
+        frame = Image.new("RGB", (sum(grid.width + 8 for grid in grids), grids[0].height + 34), "white")
+        text, left = ImageDraw.Draw(frame), 4
+        for grid, (arm, _) in zip(grids, shown, strict=True):
+            text.text((left, 2), arm.label, fill="black")
+            text.text((left, 16), f"task {task}, iteration {iteration}", fill="black")
+            frame.paste(grid, (left, 32))
+            left += grid.width + 8
+        frames.append(frame.quantize(64))
+    with atomic_write(path, "wb") as file:
+        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=250, loop=0, optimize=True)
+    return True
+
+
+FIGURES: dict[str, Callable[[Sequence[Arm]], Figure | None]] = {
+    "precision": precision_figure,
+    "average": average_figure,
+    "matrix": matrix_figure,
+    "losses": loss_figure,
+    "samples": samples_figure,
+}
+
+
+def save_figures(runs: Sequence[Run], directory: Path) -> dict[str, list[Path]]:
+    """All figures of each experiment, as <experiment>-<kind>.png and .svg and <experiment>.gif; returns paths."""
+    made: dict[str, list[Path]] = {}
+    for experiment, arms in arms_of(runs).items():
+        stem = directory / experiment
+        for kind, draw in FIGURES.items():
+            if (figure := draw(arms)) is not None:
+                for suffix in (".png", ".svg") if kind != "samples" else (".png",):
+                    write_figure(figure, stem.with_name(f"{experiment}-{kind}{suffix}"))
+                made.setdefault(experiment, []).append(stem.with_name(f"{experiment}-{kind}.png"))
+        if save_animation(arms, stem.with_name(f"{experiment}.gif")):
+            made[experiment].append(stem.with_name(f"{experiment}.gif"))
+    return made
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """Save it; the same figure is the same file, whenever it is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with rc_context({"svg.hashsalt": "dgr", "svg.fonttype": "none"}):
+        figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def save_figure(runs: Sequence[Run], path: Path) -> None:
+    """The precision plots of these runs side by side."""
+    write_figure(precision_figure([arm for arms in arms_of(runs).values() for arm in arms]), path)
+
+
+# ------------------------------------------------------------------------------------------- tables and report
+
+
+COLUMNS = [
+    "experiment",
+    "replay mode",
+    "seeds",
+    "average precision",
+    "forgetting",
+    "seconds",
+    "paper",
+    "2017 repository",
+]
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """The mean of values over seeds, with the standard deviation if there are several."""
+    if not values:
+        return ""
+    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{deviation}"
+
+
+def cells(arm: Arm) -> dict[str, str]:
+    """An arm as a row of a table, by `COLUMNS`."""
+    note = f" ({arm.first.data_note})" if arm.first.data_note else ""
+    unfinished = len(arm.runs) - len(arm.finished)
+    seeds = ", ".join(str(run.options["seed"]) for run in arm.finished)
+    values = [arm.first.experiment + note, arm.label, seeds + (f" ({unfinished} not finished)" if unfinished else "")]
+    for key, digits in (("average_precision", 3), ("forgetting", 3), ("seconds", 0)):
+        values.append(spread([run.summary[key] for run in arm.finished], digits))
+    return dict(
+        zip(COLUMNS, [*values, *PUBLISHED.get((arm.first.experiment, arm.first.replay_mode), ("", ""))], strict=True)
+    )
+
+
+def markdown(rows: Sequence[dict[str, str]]) -> str:
+    """Rows of one and the same keys as a table in Markdown."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def table(runs: Sequence[Run]) -> str:
+    """What the runs came to, means and standard deviations over seeds, beside the published numbers, in Markdown."""
+    return markdown([cells(arm) for arms in arms_of(runs).values() for arm in arms])
+
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .3rem .8rem; text-align: left }
+th { border-bottom: 2px solid #222 } td { border-bottom: 1px solid #ccc; font-variant-numeric: tabular-nums }
+img { max-width: 100%; margin: .5rem 0 } pre { background: #f4f4f4; padding: .8rem; overflow-x: auto }
+"""
+
+
+REMARK = (
+    "Mean ± standard deviation over seeds. Average precision and forgetting: whole test sets after the last task. "
+    "Published numbers are read off figures and of the sizes published: compare them with runs of full size alone."
+)
+
+
+def write_report(runs: Sequence[Run], path: Path) -> None:
+    """One HTML page that needs no other file: the table, the figures, and every run's command, place and time."""
+    rows = [cells(arm) for arms in arms_of(runs).values() for arm in arms]
+    parts = ["<h1>Deep generative replay</h1>", html_table(rows)]
+    parts.append(
+        "<p>Means ± standard deviations over seeds; average precision and forgetting on whole test sets after "
+    )
+    parts.append("the last task; published numbers read off figures, at the sizes published with them.</p>")
+    with tempfile.TemporaryDirectory() as directory:
+        for experiment, pictures in save_figures(runs, Path(directory)).items():
+            parts.append(f"<h2>{html.escape(experiment)}</h2>")
+            parts += [embedded(picture) for picture in pictures]
+    parts.append("<h2>Commands</h2>")
+    for run in runs:
+        commit, versions = run.config.get("commit") or "unknown", run.config.get("versions", {})
+        with_what = ", ".join(f"{name} {version}" for name, version in versions.items())
+        place = f"commit {commit}, {run.config.get('device', 'unknown device')}, {with_what}"
+        command = shlex.join(run.config.get("command", []))
+        parts.append(f"<p>{html.escape(place)}</p><pre>{html.escape(command)}</pre>")
+    head = f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Deep generative replay</title><style>{STYLE}'
+    with atomic_write(path) as file:
+        file.write(f"{head}</style>\n" + "\n".join(parts) + "\n</html>\n")
+
+
+def html_table(rows: Sequence[dict[str, str]]) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in rows[0])
+    body = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row.values()) for row in rows)
+    return f"<table><tr>{head}</tr>" + "".join(f"<tr>{row}</tr>" for row in body) + "</table>"
+
+
+def embedded(picture: Path) -> str:
+    """A picture inside the page; of a figure that has one, the drawing that stays sharp at any size."""
+    drawing = picture.with_suffix(".svg")
+    picture = drawing if drawing.exists() else picture
+    kind = {".svg": "svg+xml"}.get(picture.suffix, picture.suffix[1:])
+    content = base64.b64encode(picture.read_bytes()).decode()
+    return f'<img alt="{html.escape(picture.stem)}" src="data:image/{kind};base64,{content}">'
 
 
 def play_back(run: Run, server: str, port: int) -> None:
@@ -381,31 +762,32 @@ def play_back(run: Run, server: str, port: int) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description="Draw the precision plots of runs side by side and print their table, or show runs on visdom.",
+        description="Print the table of runs, draw them, write a report on them, or show them on visdom.",
         allow_abbrev=False,
     )
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="directory of a run, for instance results/NAME"
+        "runs", nargs="+", type=Path, metavar="RUN", help="directory of a run, results/NAME, or of many, results"
     )
-    parser.add_argument("--output", type=Path, help="the figure: .png, .svg or .pdf")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="their precision plots: .png, .svg or .pdf")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="all figures, as DIR/EXPERIMENT-KIND.png and .svg")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="one HTML page with table, figures and commands")
     parser.add_argument("--visdom", action="store_true", help="play the runs back into a visdom server")
     parser.add_argument("--visdom-server", default="localhost", metavar="HOST", help="where (default: localhost)")
     parser.add_argument("--visdom-port", type=int, default=8097, metavar="N", help="its port (default: 8097)")
     options = parser.parse_args(arguments)
-    if not (options.output or options.visdom):
-        parser.error("give --output FIGURE or --visdom")
-    runs = [Run(directory) for directory in options.runs]
+    runs = find_runs(options.runs)
+    print(table(runs))
     if options.visdom:
         for run in runs:
             play_back(run, options.visdom_server, options.visdom_port)
         print(f"visdom: {options.visdom_server}:{options.visdom_port}")
-    print(table(runs))
-    if options.output:
-        try:
-            save_figure(runs, options.output)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--output {options.output}: {reason(error)}") from error
-        print(f"figure: {options.output}")
+    for flag, make in (("output", save_figure), ("figures", save_figures), ("report", write_report)):
+        if path := getattr(options, flag):
+            try:
+                make(runs, path)
+            except (OSError, ValueError) as error:
+                raise UserError(f"--{flag} {path}: {reason(error)}") from error
+            print(f"{flag}: {path}")
 
 
 if __name__ == "__main__":

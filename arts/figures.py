@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Makes the figures of the README, and its tables of results, from the runs kept in arts/runs.
+"""Make the README's figures and tables from the runs kept in arts/runs, without training (`make figures`).
 
-    make figures                                     draw everything again, without training
-    python arts/figures.py --keep results/NAME ...   keep runs: their files go to arts/runs, without paths of a machine
+    arts/figures.py                                 all figures, and the README between its two marks
+    arts/figures.py --keep results/NAME ...         first copy finished runs to arts/runs: no paths, fewer loss rows
 
-A run is kept as <name>-seed<seed>; a run of that name and seed that was there before is replaced.
+README.md holds the tables between `<!-- results -->` and `<!-- end of results -->`.
 """
 
 import argparse
@@ -26,27 +26,10 @@ from utils import UserError, atomic_write, run_program  # noqa: E402
 RUNS = ARTS / "runs"
 README = ROOT / "README.md"
 MARKS = re.compile(r"(<!-- results -->\n).*(<!-- end of results -->)", re.DOTALL)
+SIZES = {"": "Full size", "-quick": "`--quick` size"}
 
-# What the paper has at the end of training, read off its figures (about .01 exact): mean over tasks.
-PUBLISHED = {
-    ("permutated-mnist", "none"): 0.53,
-    ("permutated-mnist", "noise-replay"): 0.66,
-    ("permutated-mnist", "exact-replay"): 0.955,
-    ("permutated-mnist", "generative-replay"): 0.93,
-    ("split-mnist", "none"): 0.175,
-    ("split-mnist", "noise-replay"): 0.20,
-    ("split-mnist", "exact-replay"): 0.975,
-    ("split-mnist", "generative-replay"): 0.95,
-    ("mnist-svhn", "none"): (0.76 + 0.925) / 2,
-    ("mnist-svhn", "exact-replay"): (0.985 + 0.905) / 2,
-    ("mnist-svhn", "generative-replay"): (0.98 + 0.90) / 2,
-    ("svhn-mnist", "none"): (0.64 + 0.99) / 2,
-    ("svhn-mnist", "exact-replay"): (0.91 + 0.985) / 2,
-    ("svhn-mnist", "generative-replay"): (0.905 + 0.98) / 2,
-    ("mnist-chain", "generative-replay"): 0.9856,
-}
-EXPERIMENTS = list(dict.fromkeys(experiment for experiment, _ in PUBLISHED))
-MODES = ["none", "noise-replay", "exact-replay", "generative-replay"]
+
+# ------------------------------------------------------------------------------------------------------- keep
 
 
 def keep(directory: Path, suffix: str = "") -> Path:
@@ -54,108 +37,130 @@ def keep(directory: Path, suffix: str = "") -> Path:
     run = visual.Run(directory)
     if run.summary is None:
         raise UserError(f"{directory} is not finished")
-    target = RUNS / f"{run.config['name']}-seed{run.summary['seed']}{suffix}"
+    target = RUNS / f"{run.config['name']}{size_of(run)}-seed{run.summary['seed']}{suffix}"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    for path in run.config["options"]:
+    kept_samples = run.kept_samples()
+    for path in run.options:
         if path.endswith("_dir"):
-            run.config["options"][path] = ""
-    run.config["command"] = ["./main.py", *run.config["command"][1:]]
+            run.options[path] = ""
+    run.config["command"] = ["./main.py", *without_paths(run.config["command"][1:])]
     for name, content in (("config", run.config), ("summary", run.summary)):
         train.write_json(target / f"{name}.json", content)
     with (target / "metrics.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, run.rows[0], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(row for row in run.rows if thinned(row, run.config["options"]))
+        writer.writerows(row for row in run.rows if stays(row, run.options))
     if (directory / visual.SAMPLES).exists():
         shutil.copy(directory / visual.SAMPLES, target)
+    for path in kept_samples.values():
+        (target / visual.SAMPLE_LOG).mkdir(exist_ok=True)
+        shutil.copy(path, target / visual.SAMPLE_LOG)
     return target
 
 
-def thinned(row: dict[str, str], options: dict) -> bool:
+def without_paths(words: list[str]) -> list[str]:
+    """A command without the flags that name directories."""
+    named = [i for i, word in enumerate(words) if re.match(r"--[a-z]+-dir", word)]
+    gone = {*named, *(i + 1 for i in named if "=" not in words[i])}
+    return [word for i, word in enumerate(words) if i not in gone]
+
+
+def stays(row: dict[str, str], options: dict) -> bool:
     """Whether a row of metrics stays: all precisions, and of the losses every fifth measurement."""
     every = 5 * options["loss_log_interval"]
     return row["name"].startswith("precision-") or int(row["iteration"]) % every == 0
 
 
-def order(run: visual.Run) -> tuple:
-    options = run.config["options"]
-    experiment, mode = options["experiment"], options["replay_mode"]
-    return (
-        EXPERIMENTS.index(experiment) if experiment in EXPERIMENTS else len(EXPERIMENTS),
-        MODES.index(mode),
-        run.config["name"],
-        options["seed"],
-    )
+def size_of(run: visual.Run) -> str:
+    return "-quick" if run.options["quick"] else ""
 
 
-def is_plain(run: visual.Run) -> bool:
-    """Whether nothing but experiment, replay mode and --quick was chosen."""
-    return run.config["options"]["quick"] and len(flags_of(run)) == 3
+# --------------------------------------------------------------------------------------------- tables, figures
 
 
 def flags_of(run: visual.Run) -> list[str]:
     """The flags that a run's outcome depends on, its seed aside."""
-    options = run.config["options"]
-    flags = ["--quick"] * options["quick"]
-    flags += [f"--experiment={options['experiment']}", f"--replay-mode={options['replay_mode']}"]
+    flags = ["--quick"] * run.options["quick"]
+    flags += [f"--experiment={run.experiment}", f"--replay-mode={run.replay_mode}"]
     usual = vars(main.parse(["--train", *flags]))
-    if options["tasks"] is None:
-        changed = {key: value for key, value in options.items() if value != usual[key]}
-        kept = [key for key in changed if key not in main.FREE_TO_CHANGE | {"seed"}]
+    if run.options["tasks"] is None:
+        kept = [key for key, value in run.options.items() if value != usual[key] and key not in visual.WITHIN_AN_ARM]
         if "replay_targets" in kept and "temperature" in kept:  # one follows from the other
             kept.remove("temperature")
-        flags += [f"--{key.replace('_', '-')}={changed[key]}" for key in kept]
+        flags += [f"--{key.replace('_', '-')}={run.options[key]}" for key in kept]
     return flags
 
 
-def results_table(runs: list[visual.Run]) -> str:
-    """A line for each run, with the command that makes it again."""
-    lines = [
-        "`./main.py --train --quick --experiment=... --replay-mode=...` with the further flags, and `--seed=...`:",
-        "",
-        "| experiment | replay mode | further flags | seed | paper | ours | forgetting | seconds | commit |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for run in runs:
-        options, summary = run.config["options"], run.summary
-        experiment, mode = options["experiment"], options["replay_mode"]
-        published = PUBLISHED.get((experiment, mode))
-        note = f" ({run.data_note})" if run.data_note else ""
-        further = " ".join(f"`{flag}`" for flag in flags_of(run)[3:])
-        lines.append(
-            f"| {experiment}{note} | {mode} | {further} | {summary['seed']} "
-            f"| {'' if published is None else format(published, '.3f')} | **{summary['average_precision']:.3f}** "
-            f"| {summary['forgetting']:.3f} | {summary['seconds']:.0f} | {(run.config['commit'] or '')[:7]} |"
-        )
-    return "\n".join(lines)
+def is_plain(run: visual.Run) -> bool:
+    """Whether nothing but experiment, replay mode and --quick was chosen."""
+    return len(flags_of(run)) == 2 + run.options["quick"]
 
 
-def chain_table(run: visual.Run) -> str:
+def row_of(arm: visual.Arm) -> dict[str, str]:
+    """An arm as a row of the README's table."""
+    cells = visual.cells(arm)
+    run = arm.first
+    further = flags_of(run)[2 + run.options["quick"] :]
+    return {
+        "experiment": cells["experiment"],
+        "replay mode": run.replay_mode,
+        "further flags": " ".join(f"`{flag}`" for flag in further),
+        "seeds": cells["seeds"],
+        "paper": cells["paper"],
+        "2017 repository": cells["2017 repository"],
+        "ours": f"**{cells['average precision']}**",
+        "forgetting": cells["forgetting"],
+        "seconds": cells["seconds"],
+        "device": ", ".join(sorted({each.config["device"] for each in arm.runs})),
+        "commit": ", ".join(sorted({(each.config["commit"] or "")[:7] for each in arm.runs})),
+    }
+
+
+def chain_table(arm: visual.Arm) -> str:
     """The precision of each scholar of a chain."""
-    own = [f"{row[i]:.4f}" for i, row in enumerate(run.summary["precision"])]
-    head = " | ".join(f"scholar {number}" for number in range(1, len(own) + 1))
-    return f"| {head} |\n|{'---|' * len(own)}\n| {' | '.join(own)} |"
+    numbers = [[run.summary["precision"][i][i] for run in arm.finished] for i in range(len(arm.first.tasks))]
+    return visual.markdown([{f"scholar {i}": visual.spread(own, 4) for i, own in enumerate(numbers, start=1)}])
+
+
+def draw_size(runs: list[visual.Run], size: str) -> list[str]:
+    """Figures of the runs of one size, and what the README says of them."""
+    if not runs:
+        return []
+    flags = " --quick" if size else ""
+    experiments = visual.arms_of(runs)
+    rows = [row_of(arm) for arms in experiments.values() for arm in arms]
+    text = [f"### {SIZES[size]}", "", f"`./main.py --train{flags} --experiment=... --replay-mode=... --seed=...`, and:"]
+    text += ["", visual.markdown(rows), ""]
+    for experiment, arms in experiments.items():
+        plain = [arm for arm in arms if is_plain(arm.first)]
+        if not plain:
+            continue
+        note = f" ({plain[0].first.data_note})" if plain[0].first.data_note else ""
+        text += [f"**{experiment}**{note}, {SIZES[size]}", ""]
+        for kind in ("precision", "average", "matrix", "losses", "samples"):
+            if figure := visual.FIGURES[kind](plain):
+                path = ARTS / f"{experiment}{size}-{kind}.png"
+                visual.write_figure(figure, path)
+                if kind in SHOWN:
+                    text += [f"![{SHOWN[kind]}]({rel(path)})", ""]
+        if experiment in main.CHAINS:
+            text += [chain_table(plain[-1]), ""]
+        if visual.save_animation(plain, ARTS / f"{experiment}{size}.gif"):
+            text += [f"![the generator through all tasks]({rel(ARTS / f'{experiment}{size}.gif')})", ""]
+    return text
+
+
+SHOWN = {
+    "precision": "precision on each task",
+    "average": "average precision on the tasks so far",
+    "samples": "samples of the generator after each task",
+}
 
 
 def draw_all() -> None:
-    runs = sorted((visual.Run(path) for path in RUNS.iterdir() if path.is_dir()), key=order)
-    text = [results_table(runs), ""]
-    for experiment in EXPERIMENTS:
-        plain = [run for run in runs if run.config["options"]["experiment"] == experiment and is_plain(run)]
-        plain = [run for run in plain if run.summary["seed"] == 0]
-        if not plain:
-            continue
-        figure = ARTS / f"{experiment}.png"
-        visual.save_figure(plain, figure)
-        data_note = plain[0].data_note and f" ({plain[0].data_note})"
-        text += [f"**{experiment}**{data_note}, seed 0, `--quick`", "", f"![precision on each task]({rel(figure)})", ""]
-        if experiment == "mnist-chain":
-            text += [chain_table(plain[-1]), ""]
-        for run in plain:
-            grid = run.directory / visual.SAMPLES
-            if run.config["options"]["replay_mode"] == "generative-replay" and grid.exists():
-                text += [f"![samples of the generator after the last task]({rel(grid)})", ""]
+    runs = visual.find_runs([RUNS])
+    text = [line for size in SIZES for line in draw_size([run for run in runs if size_of(run) == size], size)]
     new = MARKS.sub(lambda marks: marks[1] + "\n".join(text) + marks[2], README.read_text())
     with atomic_write(README) as file:
         file.write(new)

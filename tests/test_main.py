@@ -411,8 +411,8 @@ def test_full_experiments_of_one_experiment(tmp_path, small_mnist):
     for line in process.stdout.strip().splitlines()[-3:]:
         assert (tmp_path / line.split(": ")[1]).exists()
     for name in names:
-        average = json.loads((results / name / "summary.json").read_text())["average_precision"]
-        assert f"| {name} | {average:.3f} |" in (results / "permutated-mnist.md").read_text()
+        summary = json.loads((results / name / "summary.json").read_text())
+        assert f"| {summary['replay_mode']} | 0 | {summary['average_precision']:.3f} |" in (results / "permutated-mnist.md").read_text()
 
 
 def test_full_experiments_take_the_noise_arm_by_name(tmp_path, small_mnist):

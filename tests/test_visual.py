@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -252,46 +253,138 @@ def test_sample_grid_has_six_images_a_row(tmp_path):
         assert picture.size == (6 * 34 + 2, 3 * 34 + 2)
 
 
-def write_run(directory, **options):
-    directory.mkdir()
+def write_run(directory, offset=0.0, unverified=(), **options):
+    """The files of a run of two tasks, all precisions moved by `offset`."""
+    directory.mkdir(parents=True)
+    usual = {"experiment": "permutated-mnist", "replay_mode": "none", "seed": 0, "sample_dir": str(directory.parent)}
     config = {
         "name": directory.name,
-        "options": {"experiment": "permutated-mnist", "replay_mode": "none", "solver_iterations": 6} | options,
+        "command": ["./main.py", "--train", "--seed=<0>"],
+        "options": usual | {"solver_iterations": 6, "generator_iterations": 20} | options,
         "tasks": ["original", "permutation 1"],
-        "data": {"unverified": options.pop("unverified", [])},
+        "data": {"unverified": list(unverified)},
     }
     (directory / "config.json").write_text(json.dumps(config))
-    rows = ["phase,task,iteration,name,value", "solver,1,3,precision-1,0.8", "solver,1,3,loss,0.7"]
-    rows += ["solver,2,6,precision-1,0.5", "solver,2,6,precision-2,0.9", "test,2,6,precision-1,0.4"]
+    rows = ["phase,task,iteration,name,value", "generator,1,10,critic-loss,-0.5", "solver,1,3,loss,0.7"]
+    for task, iteration, name, value in ((1, 3, 1, 0.8), (2, 6, 1, 0.5), (2, 6, 2, 0.9)):
+        rows.append(f"solver,{task},{iteration},precision-{name},{value + offset}")
+    rows.append("test,2,6,precision-1,0.4")
     (directory / "metrics.csv").write_text("\n".join(rows) + "\n")
-    summary = {"average_precision": 0.65, "forgetting": 0.25, "seconds": 12.3}
+    summary = {"average_precision": 0.65 + offset, "forgetting": 0.25, "seconds": 12.3, "seed": 0}
+    summary["precision"] = [[0.8 + offset, None], [0.4 + offset, 0.9 + offset]]
     (directory / "summary.json").write_text(json.dumps(summary))
     return directory
 
 
+def keep_samples(directory, tasks=(1, 2)):
+    for task in tasks:
+        for iteration in (10, 20):
+            visual.save_samples(torch.rand(7, 1, 32, 32), directory / f"task-{task}-iteration-{iteration}.jpg")
+
+
 def test_run_is_read_back_on_one_axis_of_iterations(tmp_path):
     run = visual.Run(write_run(tmp_path / "a"))
-    assert run.curves == [([3, 12], [0.8, 0.5]), ([12], [0.9])]
+    for task, curve in ((1, ([3, 12], [0.8, 0.5])), (2, ([12], [0.9]))):
+        assert [values.tolist() for values in run.precision(task)] == [*curve]
+    assert [values.tolist() for values in run.average_precision()] == [[3, 12], [0.8, 0.7]]
+    assert run.curves["generator", "critic-loss"][0].tolist() == [10]
 
 
 def test_figure_of_runs_side_by_side(tmp_path, capsys):
-    directories = [write_run(tmp_path / name) for name in "abc"]
+    modes = ("none", "exact-replay", "generative-replay")
+    directories = [write_run(tmp_path / mode, replay_mode=mode) for mode in modes]
     visual.main([*map(str, directories), "--output", str(tmp_path / "figures/f.png")])
     height, width, _ = imread(tmp_path / "figures/f.png").shape
     assert width > 2.5 * height
-    assert "| a | 0.650 | 0.250 | 12 |" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "| permutated-mnist | exact-replay | 0 | 0.650 | 0.250 | 12 | .955 | .96 to .97 |" in said
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Two seeds of one arm, an arm with samples, one with another r, and what a later run set aside."""
+    for seed, offset in ((0, 0.0), (1, 0.1)):
+        write_run(tmp_path / f"seed-{seed}/none-r1", offset=offset, seed=seed)
+    for r in ("0.3", "0.5", "0.3.1"):
+        directory = tmp_path / f"seed-0/gr-r{r}"
+        write_run(directory, replay_mode="generative-replay", importance_of_new_task=float(r[:3]))
+    config = tmp_path / "seed-0/gr-r0.3.1/config.json"
+    config.write_text(config.read_text().replace("gr-r0.3.1", "gr-r0.3"))
+    keep_samples(tmp_path / "seed-0/gr-r0.3/sample-log")
+    return tmp_path
+
+
+def test_runs_are_found_and_seeds_gathered(results):
+    runs = visual.find_runs([results])
+    assert [run.config["name"] for run in runs] == ["none-r1", "none-r1", "gr-r0.3", "gr-r0.5"]
+    (arms,) = visual.arms_of(runs).values()
+    assert [len(arm.runs) for arm in arms] == [2, 1, 1]
+    assert [arm.label for arm in arms] == [
+        "none",
+        "generative-replay",
+        "generative-replay (importance of new task 0.5)",
+    ]
+    xs, mean, deviation = arms[0].curve(visual.Run.average_precision)
+    assert xs.tolist() == [3, 12]
+    assert mean == pytest.approx([0.85, 0.75]) and deviation == pytest.approx([0.1 / 2**0.5] * 2)
+    assert arms[0].matrix()[1] == pytest.approx([0.45, 0.95])
+    assert visual.cells(arms[0])["average precision"] == "0.700 ± 0.071"
+
+
+def test_figures_show_what_the_files_say(results):
+    """Curves, bands and matrix as drawn, not only that there is a picture."""
+    (arms,) = visual.arms_of(visual.find_runs([results])).values()
+    panel = visual.precision_figure(arms).axes[0]
+    first = next(line for line in panel.lines if line.get_label() == "task 1: original")
+    assert first.get_ydata() == pytest.approx([0.85, 0.55]) and first.get_color() == visual.task_colour(1)
+    assert len(panel.collections) == 2  # a band for each task, of two seeds
+    assert {line.get_xdata()[0] for line in panel.lines if line.get_linestyle() == ":"} == {0, 6}
+    axes = visual.average_figure(arms).axes[0]
+    labels = [text.get_text() for text in axes.figure.legends[0].get_texts()]
+    assert labels == ["none, 2 seeds", *(arm.label for arm in arms[1:])]
+    assert len({line.get_color() for line in axes.lines[:3]}) == 3
+    numbers = [text.get_text() for text in visual.matrix_figure(arms).axes[0].texts]
+    assert numbers == [".85", ".45", ".95"]
+    assert [axes.get_ylabel() for axes in visual.loss_figure(arms).axes] == ["critic loss", "solver loss"]
+    titles = [axes.get_title() for axes in visual.samples_figure(arms).axes]
+    assert titles == ["after task 1", "after task 2"]
+
+
+def test_all_figures_are_made_from_files_and_are_repeatable(results):
+    for directory in ("one", "two"):
+        visual.main([str(results / "seed-0"), str(results / "seed-1"), "--figures", str(results / directory)])
+    made = sorted(path.name for path in (results / "one").iterdir())
+    kinds = [f"permutated-mnist-{kind}" for kind in visual.FIGURES]
+    expected = [f"{kind}.png" for kind in kinds] + [f"{kind}.svg" for kind in kinds if "samples" not in kind]
+    assert made == sorted([*expected, "permutated-mnist.gif"])
+    for name in made:
+        assert (results / "one" / name).read_bytes() == (results / "two" / name).read_bytes(), name
+    with Image.open(results / "one/permutated-mnist.gif") as animation:
+        assert animation.n_frames == 4
+
+
+def test_report_is_one_page_with_everything(results):
+    visual.main([str(results), "--report", str(results / "report.html")])
+    page = (results / "report.html").read_text()
+    assert "<td>0.700 ± 0.071</td>" in page and "<td>.75 to .79</td>" in page
+    assert page.count("./main.py --train") == 4 and "seed=&lt;0&gt;" in page
+    assert page.count("data:image/svg+xml;base64,") == 4 and page.count("data:image/gif;base64,") == 1
+    assert not re.search(r"""(src|href)=(?!"data:)""", page)
 
 
 def test_figure_says_that_data_are_unofficial(tmp_path):
     run = visual.Run(write_run(tmp_path / "a", unverified=["svhn/train_32x32.mat", "svhn/test_32x32.mat"]))
     assert run.data_note == "not the official files: svhn"
+    assert run.data_note in visual.precision_figure([visual.Arm([run])]).get_suptitle()
     assert visual.Run(write_run(tmp_path / "b")).data_note == ""
 
 
 def test_unfinished_run_is_drawn_and_named_so(tmp_path):
     directory = write_run(tmp_path / "a")
     (directory / "summary.json").unlink()
-    assert "| a | not finished |" in visual.table([visual.Run(directory)])
+    visual.main([str(directory), "--figures", str(tmp_path / "figures")])
+    assert "|  (1 not finished) |  |" in visual.table([visual.Run(directory)])
+    assert not (tmp_path / "figures/permutated-mnist-matrix.png").exists()
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"tasks": 3}'])
