@@ -15,7 +15,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -331,7 +331,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         options.experiment = "+".join(stems)[:100]
     for directory in written:
         if problem := utils.not_writable(getattr(options, directory)):
-            parser.error(f"argument --{directory.replace('_', '-')}: {problem}")
+            parser.error(f"argument {flag(directory)}: {problem}")
     return options
 
 
@@ -383,6 +383,8 @@ def run_training(options: argparse.Namespace) -> None:
     name = run_name(options)
     results, scholar_file = options.result_dir / name, options.checkpoint_dir / name
     if options.resume and is_finished(results, scholar_file):
+        if changes := other_run(results, options):
+            raise UserError(f"{results} is of a run with {changes}: leave out --resume to set it aside and start anew")
         print(f"{results} is finished: there is nothing to resume")
         return
     library = data.Library(
@@ -491,6 +493,21 @@ def is_finished(results: Path, scholar_file: Path) -> bool:
     return (results / "summary.json").exists() and scholar_file.exists() and not unfinished.exists()
 
 
+def differences(before: dict[str, Any], now: dict[str, Any], keys: Iterable[str]) -> str:
+    """Options of two runs that are not the same, for a user to read; empty if there are none."""
+    return ", ".join(f"{flag(key)} {before.get(key)}, not {now[key]}" for key in keys if before.get(key) != now[key])
+
+
+def other_run(results: Path, options: argparse.Namespace) -> str:
+    """In what the run in this directory differs from the one that is asked for; empty if in nothing that counts."""
+    now = plain(vars(options))
+    return differences(visual.Run(results).options, now, sorted(now.keys() - utils.FREE_TO_CHANGE))
+
+
+def flag(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
+
+
 def read_state(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     """The last good state of an unfinished run; None if there is none. It must be of a run with the same options."""
     for candidate in (path, models.previous(path)):
@@ -499,13 +516,11 @@ def read_state(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
         try:
             state = models.load_checkpoint(candidate)
             before, now = state["config"]["options"], config["options"]
-            different = [key for key in now if key not in utils.FREE_TO_CHANGE and before.get(key) != now[key]]
         except UserError as error:
             problem = error
             utils.warn(f"{error}; the one before it is tried")
             continue
-        if different:
-            changes = ", ".join(f"--{key.replace('_', '-')} {before.get(key)}, not {now[key]}" for key in different)
+        if changes := differences(before, now, sorted(now.keys() - utils.FREE_TO_CHANGE)):
             raise UserError(f"{candidate} is of a run with {changes}: give the same flags, or leave out --resume")
         if state["config"]["data"]["checksums"] != config["data"]["checksums"]:
             raise UserError(f"{candidate} is of a run on other data files: give the same --data-dir")
@@ -576,11 +591,8 @@ def run_test(options: argparse.Namespace) -> None:
     path = options.checkpoint_dir / name
     checkpoint = models.load_checkpoint(path)
     trained = checkpoint["options"]
-    if different := [key for key in ARCHITECTURE if trained.get(key) != getattr(options, key)]:
-        flags = ", ".join(
-            f"--{key.replace('_', '-')} {trained.get(key)}, not {getattr(options, key)}" for key in different
-        )
-        raise UserError(f"{path} was trained with {flags}: give the flags it was trained with")
+    if changes := differences(trained, vars(options), ARCHITECTURE):
+        raise UserError(f"{path} was trained with {changes}: give the flags it was trained with")
     if not checkpoint["generator_trained"]:
         raise UserError(
             f"{path} has a generator that was never trained: {options.replay_mode} trains one only under --sample-log"

@@ -1,4 +1,4 @@
-"""main.py and run_full_experiments, started as a user starts them, at tiny sizes."""
+"""main.py, started as a user starts it, at tiny sizes."""
 
 import csv
 import json
@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_one_line_error, run, write_small_mnist
+from conftest import TINY, assert_one_line_error, run, write_small_mnist
 from PIL import Image
 from test_data import write_small_svhn, write_task
 
@@ -396,65 +396,3 @@ def test_data_directory_from_the_environment(monkeypatch, tmp_path):
     assert main.parse(["--train"]).data_dir == tmp_path
     monkeypatch.setenv("DGR_DATA_DIR", "")
     assert str(main.parse(["--train"]).data_dir) == "datasets"
-
-
-# ---------------------------------------------------------------------------------------- run_full_experiments
-
-
-def test_full_experiments_of_one_experiment(tmp_path, small_mnist):
-    process = run("run_full_experiments", "permutated-mnist", "--data-dir", small_mnist, *TINY, cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
-    results = tmp_path / "results"
-    names = ["permutated-mnist-none-r1", "permutated-mnist-exact-replay-r0.3", NAME]
-    assert sorted(path.name for path in results.iterdir() if path.is_dir()) == sorted(names)
-    assert (results / "permutated-mnist.png").exists() and (tmp_path / "samples" / f"{NAME}-sample.jpg").exists()
-    for line in process.stdout.strip().splitlines()[-3:]:
-        assert (tmp_path / line.split(": ")[1]).exists()
-    for name in names:
-        summary = json.loads((results / name / "summary.json").read_text())
-        assert f"| {summary['replay_mode']} | 0 | {summary['average_precision']:.3f} |" in (results / "permutated-mnist.md").read_text()
-
-
-def test_full_experiments_take_the_noise_arm_by_name(tmp_path, small_mnist):
-    process = run("run_full_experiments", "noise-replay", "--data-dir", small_mnist, *TINY, cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
-    assert (tmp_path / "results/noise-replay.png").exists()
-    assert (tmp_path / "results/permutated-mnist-noise-replay-r0.3/summary.json").exists()
-
-
-def test_full_experiments_stop_at_the_first_failure(tmp_path, small_mnist):
-    damaged = write_small_mnist(tmp_path / "damaged")
-    (damaged / "mnist/MNIST/raw/t10k-labels-idx1-ubyte").write_bytes(b"")
-    process = run("run_full_experiments", "permutated-mnist", "--data-dir", damaged, *TINY, cwd=tmp_path)
-    assert process.returncode == 1 and "Traceback" not in process.stderr
-    assert "failed with exit status 1" in process.stderr.strip().splitlines()[-1]
-    assert process.stdout.count("$ ./main.py") == 1
-
-
-@pytest.mark.parametrize(
-    "arguments, word",
-    [(["mnist"], "'mnist'"), (["--replay-mode=none"], "--replay-mode"), (["permutated-mnist", "--lr=x"], "--lr")],
-)
-def test_full_experiments_refuse_bad_usage_before_the_first_run(tmp_path, arguments, word):
-    process = run("run_full_experiments", *arguments, cwd=tmp_path)
-    assert_one_line_error(process, 2, word)
-    assert "$ ./main.py" not in process.stdout
-
-
-def test_full_experiments_are_nine_runs_with_their_settings():
-    import importlib.machinery
-    import importlib.util
-
-    loader = importlib.machinery.SourceFileLoader("run_full_experiments", str(ROOT / "run_full_experiments"))
-    full = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
-    loader.exec_module(full)
-    runs = [(experiment, mode) for experiment in full.NINE_RUNS for mode in full.replay_modes_of(experiment)]
-    assert len(runs) == 9
-    for experiment, mode in runs:
-        options = main.parse(["--train", *full.flags_of(experiment, mode, [])])
-        sizes = options.generator_iterations, options.solver_iterations, options.lr, options.importance_of_new_task
-        permutated = experiment == "permutated-mnist"
-        assert sizes == ((3000, 1000, 1e-4, 0.3) if permutated else (20000, 4000, 3e-5, 0.4))
-        assert options.sample_log == (not permutated and mode != "exact-replay")
-    quick = main.parse(["--train", *full.flags_of("mnist-svhn", "none", ["--quick", "--seed=1"])])
-    assert quick.solver_iterations == main.QUICK["solver_iterations"] and quick.seed == 1

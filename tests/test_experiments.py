@@ -1,0 +1,212 @@
+"""run_full_experiments: many runs on one machine, as a list of commands, and on a Ray cluster."""
+
+import importlib.machinery
+import importlib.util
+import json
+import re
+import shlex
+import signal
+import time
+
+import pytest
+from conftest import ROOT, TINY, assert_one_line_error, run, start, write_small_mnist
+
+import main
+
+NAME = "permutated-mnist-generative-replay-r0.3"
+NAMES = ["permutated-mnist-none-r1", "permutated-mnist-exact-replay-r0.3", NAME]
+
+
+@pytest.fixture(scope="module")
+def full():
+    """run_full_experiments as a module."""
+    loader = importlib.machinery.SourceFileLoader("run_full_experiments", str(ROOT / "run_full_experiments"))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    loader.exec_module(module)
+    return module
+
+
+def experiments(cwd, data, *arguments, **environment):
+    return run("run_full_experiments", *arguments, f"--data-dir={data}", *TINY, cwd=cwd, **environment)
+
+
+def summary_of(results, name):
+    return json.loads((results / name / "summary.json").read_text())
+
+
+def test_one_experiment_and_again(tmp_path, small_mnist):
+    """Three runs, their table, figure and samples; the second time nothing is left to do."""
+    process = experiments(tmp_path, small_mnist, "permutated-mnist")
+    assert process.returncode == 0, process.stderr
+    results = tmp_path / "results"
+    assert sorted(path.name for path in results.iterdir() if path.is_dir()) == sorted(NAMES)
+    for line in process.stdout.strip().splitlines()[-3:]:
+        assert (tmp_path / line.split(": ")[1]).exists()
+    for number, name in enumerate(NAMES, start=1):
+        summary = summary_of(results, name)
+        row = f"| {summary['replay_mode']} | 0 | {summary['average_precision']:.3f} |"
+        assert row in (results / "permutated-mnist.md").read_text()
+        line = rf"^\[{number}/3\] \S+ {name}, seed 0: average precision {summary['average_precision']:.4f}, \d+ s$"
+        assert re.search(line, process.stdout, re.MULTILINE)
+    again = experiments(tmp_path, small_mnist, "permutated-mnist")
+    assert again.returncode == 0 and "$ ./main.py" not in again.stdout and "[3/3]" in again.stdout
+    assert len(list(results.glob("*/summary.json"))) == 3
+
+
+def test_seeds_side_by_side_equal_runs_alone(tmp_path, small_mnist):
+    """Two at a time, each seed in directories of its own, with a log; the same outcome as main.py by itself."""
+    process = experiments(tmp_path, small_mnist, "noise-replay", "--seeds=3,5", "--jobs=2")
+    assert process.returncode == 0, process.stderr
+    name = "permutated-mnist-noise-replay-r0.3"
+    for seed in (3, 5):
+        assert summary_of(tmp_path / f"results/seed-{seed}", name)["seed"] == seed
+        assert (tmp_path / f"checkpoints/seed-{seed}" / name).exists()
+        assert "average precision" in (tmp_path / f"results/seed-{seed}/{name}.log").read_text()
+    assert "| noise-replay | 3, 5 | 0." in (tmp_path / "results/noise-replay.md").read_text()
+    flags = ["--replay-mode=noise-replay", f"--data-dir={small_mnist}", *TINY, "--seed=5", "--result-dir=alone"]
+    assert run("main.py", "--train", *flags, cwd=tmp_path).returncode == 0
+    metrics = [(tmp_path / where / name / "metrics.csv").read_text() for where in ("alone", "results/seed-5")]
+    assert metrics[0] == metrics[1]
+
+
+def test_a_failed_run_stops_no_other(tmp_path, small_mnist):
+    damaged = write_small_mnist(tmp_path / "damaged")
+    svhn = damaged / "svhn"
+    svhn.mkdir()
+    for part in ("train", "test"):
+        (svhn / f"{part}_32x32.mat").write_bytes(b"nothing")
+    process = experiments(tmp_path, damaged, "mnist-svhn", "noise-replay", "--jobs=2")
+    assert process.returncode == 1 and "Traceback" not in process.stderr + process.stdout
+    assert process.stdout.count("failed: exit status 1: main.py: error: ") == 3
+    assert "[4/4]" in process.stdout and (tmp_path / "results/noise-replay.png").exists()
+    assert re.search("3 of 4 runs failed, the others are done: mnist-svhn-none-r1, seed 0, ", process.stderr)
+
+
+def test_a_run_with_other_flags_is_set_aside(tmp_path, small_mnist):
+    directory = tmp_path / "results/permutated-mnist-noise-replay-r0.3"
+    assert experiments(tmp_path, small_mnist, "noise-replay").returncode == 0
+    flags = ["noise-replay", f"--data-dir={small_mnist}", *TINY, "--lr=2e-3"]
+    process = run("run_full_experiments", *flags, cwd=tmp_path)
+    assert process.returncode == 0 and "of an earlier run is kept as" in process.stdout
+    rates = [json.loads((d / "config.json").read_text())["options"]["lr"] for d in (directory, aside(directory))]
+    assert rates == [2e-3, 1e-3]
+
+
+def aside(directory):
+    return directory.with_name(f"{directory.name}.1")
+
+
+def test_a_finished_run_with_other_flags_is_not_taken_for_this_one(tmp_path, small_mnist):
+    flags = ["--train", f"--data-dir={small_mnist}", *TINY]
+    assert run("main.py", *flags, cwd=tmp_path).returncode == 0
+    assert "nothing to resume" in run("main.py", *flags, "--resume", cwd=tmp_path).stdout
+    process = run("main.py", *flags, "--resume", "--lr=2e-3", cwd=tmp_path)
+    assert_one_line_error(process, 1, "--lr 0.001, not 0.002", "--resume")
+
+
+def test_interrupted_runs_go_on(tmp_path, small_mnist):
+    """SIGTERM stops the runs under way with their states saved, and the same command does what is left."""
+    flags = ["noise-replay", "--seeds=0-1", "--jobs=2", f"--data-dir={small_mnist}", *TINY, "--solver-iterations=3000"]
+    with start("run_full_experiments", *flags, cwd=tmp_path) as process:
+        states = [tmp_path / f"results/seed-{seed}/permutated-mnist-noise-replay-r0.3/metrics.csv" for seed in (0, 1)]
+        limit = time.monotonic() + 120
+        while not all(path.exists() and path.read_text().count("\n") > 3 for path in states):
+            assert time.monotonic() < limit and process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and "the same command goes on" in err and "Traceback" not in out + err
+    assert out.count("with --resume goes on") == 2
+    assert len(list(tmp_path.glob("checkpoints/*/*.unfinished"))) == 2
+    process = run("run_full_experiments", *flags, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    for path in states:
+        assert "goes on at task" in path.parent.with_name(f"{path.parent.name}.log").read_text()
+
+
+def test_dry_run_is_the_list_of_commands(tmp_path, full):
+    """One run a line, each line complete, and nothing is touched."""
+    process = run("run_full_experiments", "--seeds=0-4", "--dry-run", "--lr=1e-3", cwd=tmp_path)
+    lines = process.stdout.splitlines()
+    assert process.returncode == 0 and len(lines) == 45 and not list(tmp_path.iterdir())
+    names = set()
+    for line in lines:
+        for command in line.split(" && "):
+            script, *arguments = shlex.split(command)
+            options = main.parse(arguments)
+            assert script == "./main.py" and options.lr == 1e-3
+            assert options.result_dir.name == f"seed-{options.seed}" and (options.test or options.resume)
+        names.add((main.run_name(options), options.seed))
+    assert len(names) == 45
+
+
+def test_nine_runs_have_their_settings(full):
+    jobs = [job for experiment in full.NINE_RUNS for job in full.jobs_of(experiment, None, [])]
+    assert len(jobs) == 9
+    for job in jobs:
+        options = job.options
+        sizes = options.generator_iterations, options.solver_iterations, options.lr, options.importance_of_new_task
+        permutated = job.experiment == "permutated-mnist"
+        assert sizes == ((3000, 1000, 1e-4, 0.3) if permutated else (20000, 4000, 3e-5, 0.4))
+        assert options.sample_log == (not permutated and options.replay_mode != "exact-replay")
+    (quick, *_) = full.jobs_of("mnist-svhn", None, ["--quick", "--seed=1"])
+    assert quick.options.generator_iterations == 400 and quick.options.seed == 1
+    assert [job.options.replay_mode for job in full.jobs_of("mnist-chain", None, [])] == [
+        "exact-replay",
+        "generative-replay",
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        (["mnist"], "'mnist'"),
+        (["--replay-mode=none"], "--replay-mode"),
+        (["permutated-mnist", "--lr=x"], "--lr"),
+        (["--seeds=4-"], "--seeds"),
+        (["--seeds=0-2", "--seed=1"], "--seed"),
+        (["--jobs=0"], "--jobs"),
+    ],
+)
+def test_bad_usage_is_refused_before_the_first_run(tmp_path, arguments, word):
+    process = run("run_full_experiments", *arguments, cwd=tmp_path)
+    assert_one_line_error(process, 2, word)
+    assert process.stdout == "" and not list(tmp_path.iterdir())
+
+
+def test_no_ray_is_one_line(tmp_path, small_mnist):
+    (tmp_path / "ray.py").write_text("raise ImportError('no ray')")
+    process = experiments(tmp_path, small_mnist, "noise-replay", "--ray", PYTHONPATH=str(tmp_path))
+    assert_one_line_error(process, 1, "requirements-cluster.txt")
+
+
+def test_a_lost_node_costs_a_run_nothing(tmp_path, small_mnist):
+    """A cluster of two nodes, a run on each; one is killed, and its run goes on on the other from its last state."""
+    pytest.importorskip("ray", reason="Ray is not installed (requirements-cluster.txt)")
+    from ray.cluster_utils import Cluster
+
+    name = "permutated-mnist-noise-replay-r0.3"
+    own = ["--solver-iterations=600", "--checkpoint-interval=1"]
+    flags = ["noise-replay", f"--data-dir={small_mnist}", *TINY, *own]
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
+        with start("run_full_experiments", *flags, "--seeds=0-1", f"--ray={cluster.address}", cwd=tmp_path) as process:
+            states = [tmp_path / f"checkpoints/seed-{seed}/{name}.unfinished.previous" for seed in (0, 1)]
+            limit = time.monotonic() + 240
+            while not all(path.exists() for path in states):
+                assert time.monotonic() < limit and process.poll() is None, process.communicate()
+                time.sleep(0.1)
+            cluster.remove_node(nodes[0])
+            out, err = process.communicate(timeout=300)
+    finally:
+        cluster.shutdown()
+    assert process.returncode == 0, out + err
+    assert "[2/2]" in out and "| noise-replay | 0, 1 |" in out
+    logs = [(tmp_path / f"results/seed-{seed}/{name}.log").read_text() for seed in (0, 1)]
+    assert sum("goes on at task" in log for log in logs) == 1
+    alone = ["run_full_experiments", *flags, "--seeds=0-1", "--result-dir=alone", "--checkpoint-dir=checkpoints-alone"]
+    assert run(*alone, cwd=tmp_path).returncode == 0
+    for seed in (0, 1):
+        metrics = [(tmp_path / where / f"seed-{seed}/{name}/metrics.csv").read_text() for where in ("alone", "results")]
+        assert metrics[0] == metrics[1]
