@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -302,6 +303,13 @@ def make_parser() -> Parser:
     add(group, "--visdom-server", "localhost", "where live plots go, if a server answers", metavar="HOST")
     add(group, "--visdom-port", 8097, "its port", type=integer(1, 65535))
     add(group, "--no-visdom", False, "no live plots", action="store_true")
+    add(
+        group,
+        "--tensorboard",
+        False,
+        "write the same scalars and samples for TensorBoard, into the run's directory",
+        action="store_true",
+    )
     return parser
 
 
@@ -324,6 +332,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             f"argument --solver-reducing-layers: {options.solver_reducing_layers} is more than the "
             f"{options.solver_depth - 1} convolutions of --solver-depth {options.solver_depth}"
         )
+    if options.tensorboard and find_spec("tensorboard") is None:
+        parser.error("argument --tensorboard: it needs a package that is not installed: pip install tensorboard")
     written = ("result_dir", "checkpoint_dir", "sample_dir") if options.train else ("sample_dir",)
     check_replay(parser, options)
     if options.tasks:
@@ -431,6 +441,8 @@ def train_scholar(options: argparse.Namespace, name: str, tasks: list[data.Task]
         observers.append(visual.SampleLog(options.sample_dir / name, options.sample_log_interval))
     if not options.no_visdom:
         observers.append(visual.LivePlots(visual.Run(results), options.visdom_server, options.visdom_port))
+    if options.tensorboard:
+        observers.append(visual.TensorBoard(visual.Run(results)))
 
     # The same noise for every grid, from a stream of its own: looking does not change what is learned.
     noise = fixed_noise(options, device)

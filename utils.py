@@ -20,7 +20,7 @@ from tqdm import tqdm
 FREE_TO_CHANGE = {
     *("train", "test", "quick", "resume", "checkpoint_interval", "no_gpus"),
     *("data_dir", "unverified_data", "result_dir", "checkpoint_dir", "sample_dir"),
-    *("visdom_server", "visdom_port", "no_visdom"),
+    *("visdom_server", "visdom_port", "no_visdom", "tensorboard"),
 }
 
 

@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from PIL.Image import registered_extensions
 from torch import Tensor
-from torchvision.utils import save_image
+from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from utils import FREE_TO_CHANGE, UserError, atomic_write, reason, run_program, warn
@@ -168,6 +168,7 @@ class SampleLog(Observer):
 
 
 POST_TIMEOUT = (2.0, 3.0)  # seconds to connect, and to wait for an answer
+SAMPLE_WINDOW = {"width": 340, "height": 340}
 
 
 class LivePlots(Observer):
@@ -213,11 +214,11 @@ class LivePlots(Observer):
     def images(self, task: int, iteration: int, images: Tensor) -> None:
         title = f"samples: task {task}, iteration {iteration}"
         pixels = (images * 255).byte().cpu().numpy()
-        self._show("samples", "images", tensor=pixels, nrow=IMAGES_PER_ROW, opts={"title": title})
+        self._show("samples", "images", tensor=pixels, nrow=IMAGES_PER_ROW, opts={"title": title, **SAMPLE_WINDOW})
 
     def picture(self, pixels: np.ndarray, title: str) -> None:
         """Show a finished sample grid: (height, width, 3) uint8."""
-        self._show("samples", "image", img=pixels.transpose(2, 0, 1), opts={"title": title})
+        self._show("samples", "image", img=pixels.transpose(2, 0, 1), opts={"title": title, **SAMPLE_WINDOW})
 
     @property
     def unsent(self) -> bool:
@@ -239,15 +240,32 @@ class LivePlots(Observer):
         y = np.full((len(x), len(curves)), np.nan)
         for column, (xs, ys) in enumerate(curves.values()):
             y[[row[x] for x in xs], column] = ys
-        opts: dict[str, Any] = {"title": window, "xlabel": f"{phase} iterations", "ylabel": window, "showlegend": True}
+        meaning = window.removeprefix(f"{phase} ").replace("-", " ") if phase == "generator" else window
+        opts: dict[str, Any] = {
+            "title": window,
+            "xlabel": f"{phase} iterations",
+            "ylabel": meaning,
+        }
+        opts |= {"width": 440, "height": 340, "showlegend": False, "marginbottom": 60, "marginright": 20}
         if window == "precision":
-            opts |= {"legend": self._titles[: len(curves)], "ytickmin": 0, "ytickmax": 1}
+            opts |= {"legend": self._titles[: len(curves)], "showlegend": True, "ytickmin": 0, "ytickmax": 1}
+            opts |= {"height": 400, "marginbottom": 120}
             colours = [task_colour(task) for task in range(1, len(curves) + 1)]
             opts["linecolor"] = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in colours])
-        else:
-            opts["legend"] = list(curves)
+        begun = -(-x[-1] // self._lengths[phase])
+        opts["layoutopts"] = {"plotly": self._boundaries(phase, begun) | {"legend": {"orientation": "h", "y": -0.25}}}
         # A single column would be taken for several points of one curve.
         return {"X": np.array(x), "Y": y if y.shape[1] > 1 else y[:, 0], "opts": opts}
+
+    def _boundaries(self, phase: str, begun: int) -> dict[str, Any]:
+        """A dotted line where each task so far begins, with its number, for plotly."""
+        at = {task: (task - 1) * self._lengths[phase] for task in range(1, begun + 1)}
+        line = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "line": {"dash": "dot", "color": "#999", "width": 1}}
+        text = {"yref": "paper", "y": 1, "yanchor": "bottom", "xanchor": "left", "showarrow": False}
+        return {
+            "shapes": [line | {"x0": x, "x1": x} for x in at.values()],
+            "annotations": [text | {"x": x, "text": f"task {task}"} for task, x in at.items()],
+        }
 
     def _show(self, window: str, method: str, **arguments: Any) -> None:
         with self._changed:
@@ -294,6 +312,46 @@ def connect(*, server: str, port: int, env: str) -> Any:
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     server = server if "://" in server else f"http://{server}"
     return Client(server=server, port=port, env=env, use_incoming_socket=False, raise_exceptions=True)
+
+
+class TensorBoard(Observer):
+    """A run for TensorBoard: scalars and images as they come, at its end the options as hparams.
+
+    What the files of the run hold already is written anew, so that no point is twice there after --resume.
+    """
+
+    def __init__(self, run: "Run"):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.image_interval = run.options["image_log_interval"]
+        self._options, self._tasks, self._lengths = run.options, len(run.tasks), run.lengths
+        directory = run.directory / "tensorboard"
+        for old in directory.glob("events.*"):
+            old.unlink()
+        self._writer = SummaryWriter(directory)
+        self._images = SummaryWriter(directory / "samples")
+        self._outcome: dict[str, float] = {}
+        for row in run.rows:
+            self.scalars(row["phase"], int(row["task"]), int(row["iteration"]), {row["name"]: float(row["value"])})
+
+    def scalars(self, phase: str, task: int, iteration: int, values: dict[str, float]) -> None:
+        length = self._lengths.get(phase, self._lengths["solver"])  # phase "test" is at the end of the solver's
+        for name, value in values.items():
+            self._writer.add_scalar(f"{phase}/{name}", value, (task - 1) * length + iteration)
+            if phase == "test" and task == self._tasks:
+                self._outcome[name] = value
+
+    def images(self, task: int, iteration: int, images: Tensor) -> None:
+        step = (task - 1) * self._lengths["generator"] + iteration
+        self._images.add_image("samples", make_grid(images, nrow=IMAGES_PER_ROW), step)
+
+    def close(self) -> None:
+        if self._outcome:
+            options = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in self._options.items()}
+            outcome = {"average precision": float(np.mean(list(self._outcome.values())))}
+            self._writer.add_hparams(options, outcome, run_name=".")
+        self._writer.close()
+        self._images.close()
 
 
 # ------------------------------------------------------------------------------------------ figures from files

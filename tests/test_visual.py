@@ -18,6 +18,7 @@ from matplotlib.image import imread
 from PIL import Image
 from test_resume import flags, outcome, run_here
 
+import main
 import visual
 from utils import UserError
 
@@ -242,6 +243,73 @@ def test_windows_arrive_at_a_real_visdom_server(tmp_path):
     finally:
         server.kill()
         server.wait()
+
+
+def test_windows_say_what_they_show():
+    """Axes, one colour for each task, and a line with its number where each task so far begins."""
+    server = PlotServer()
+    plots = live_plots(server.port)
+    tell_two_tasks(plots)
+    plots.close()
+    layout = server.newest("precision")["layout"]
+    assert (layout["xaxis"]["title"], layout["yaxis"]["title"]) == ("solver iterations", "precision")
+    assert [shape["x0"] for shape in layout["shapes"]] == [0, 6]
+    assert [note["text"] for note in layout["annotations"]] == ["task 1", "task 2"]
+    for task, trace in enumerate(server.newest("precision")["data"], start=1):
+        assert same_colour(trace["line"]["color"], visual.task_colour(task))
+
+
+def same_colour(shown, wanted):
+    """Whether a colour as visdom writes it, in hexadecimal or as rgb(...), is that one."""
+    numbers = [int(wanted[i : i + 2], 16) for i in (1, 3, 5)]
+    return shown.lower() == wanted.lower() or [int(n) for n in re.findall(r"\d+", shown)] == numbers
+
+
+# ------------------------------------------------------------------------------- other people's tools
+
+
+def test_metrics_load_into_pandas(tmp_path, small_mnist):
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    run_here(flags(tmp_path, small_mnist))
+    metrics = pandas.read_csv(next(tmp_path.glob("results/*/metrics.csv")))
+    assert [str(kind) for kind in metrics.dtypes[1:]] == ["int64", "int64", metrics.name.dtype.name, "float64"]
+    final = metrics[(metrics.phase == "test") & (metrics.task == 2)]
+    summary = json.loads(next(tmp_path.glob("results/*/summary.json")).read_text())
+    assert final.value.mean() == pytest.approx(summary["average_precision"])
+
+
+def test_tensorboard_holds_what_metrics_hold(tmp_path, small_mnist):
+    """Every scalar once, images, and hparams; also of a run that was stopped and goes on."""
+    loading = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="TensorBoard is not installed"
+    )
+    arguments = [*flags(tmp_path, small_mnist), "--tensorboard"]
+    run_here(arguments)
+    directory = next(tmp_path.glob("results/*-r0.3"))
+    check_events(loading, directory)
+    plots = visual.TensorBoard(visual.Run(directory))  # as after --resume: nothing is there twice
+    plots.close()
+    check_events(loading, directory)
+    images = loading.EventAccumulator(str(directory / "tensorboard/samples")).Reload()
+    assert [image.step for image in images.Images("samples")] == [2, 4, 6, 8]
+
+
+def check_events(loading, directory):
+    events = loading.EventAccumulator(str(directory / "tensorboard")).Reload()
+    rows = visual.Run(directory).rows
+    assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
+    for tag in {f"{row['phase']}/{row['name']}" for row in rows}:
+        expected = [float(row["value"]) for row in rows if f"{row['phase']}/{row['name']}" == tag]
+        assert [event.value for event in events.Scalars(tag)] == pytest.approx(expected)
+        assert sorted({event.step for event in events.Scalars(tag)}) == [event.step for event in events.Scalars(tag)]
+
+
+def test_tensorboard_that_is_not_there_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(main, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as end:
+        main.parse(["--train", "--tensorboard", f"--result-dir={tmp_path}"])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and "pip install tensorboard" in error
 
 
 # ---------------------------------------------------------------------------------------- samples and figures
