@@ -45,8 +45,13 @@ def answering(module: nn.Module) -> Iterator[None]:
 
 
 def frozen(network: nn.Module) -> nn.Module:
-    """A copy that only answers: evaluation mode, no parameter that asks for a gradient."""
+    """A copy that only answers: evaluation mode, no parameter that asks for a gradient.
+
+    A network that knows a cheaper copy with the same answers has a method of this name.
+    """
     with torch.no_grad():
+        if hasattr(network, "frozen"):
+            return network.frozen()
         return copy.deepcopy(network).eval().requires_grad_(False)
 
 
@@ -65,9 +70,10 @@ class Generator(nn.Module):
         self.z_size = z_size
 
     def noise(self, n: int) -> Tensor:
-        """z: (n, z_size), standard normal."""
+        """z: (n, z_size), standard normal; never in less than float32."""
         weight = next(self.net.parameters())
-        return torch.randn(n, self.z_size, dtype=weight.dtype, device=weight.device)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return torch.randn(n, self.z_size, dtype=dtype, device=weight.device)
 
     def sample(self, n: int, z: Tensor | None = None) -> Tensor:
         """x' ~ G: (n, channels, 32, 32) in [0, 1], from fresh noise or from z (n, z_size)."""

@@ -203,7 +203,7 @@ def make_scholar(
 
 # ------------------------------------------------------------------------------------------------- checkpoints
 
-CHECKPOINT_FORMAT = 3
+CHECKPOINT_FORMAT = 4
 
 
 def save_checkpoint(path: Path, *, keep_previous: bool = False, **content: Any) -> None:

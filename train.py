@@ -141,8 +141,8 @@ class Training:
         return replay
 
     def _precisions(self, tests: dict[int, Split]) -> dict[str, float]:
-        at_once = self.schedule.images_at_once
-        return {f"precision-{task}": precision(self.scholar.solver, test, at_once) for task, test in tests.items()}
+        solver, at_once = self.scholar.solver.remember(), self.schedule.images_at_once
+        return {f"precision-{task}": precision(solver, test, at_once) for task, test in tests.items()}
 
     def _watched(self, phase: str, learning: Iterator[dict[str, Tensor]], iterations: int) -> Iterator[int]:
         """Learn, and yield the number of every iteration done. Losses leave the device only when they are told."""

@@ -12,6 +12,7 @@ copy, both measured in the same run.
 """
 
 import argparse
+import copy
 import json
 import resource
 import statistics
@@ -206,7 +207,7 @@ def measure(options: argparse.Namespace, repetitions: int) -> list[dict[str, Any
 
     ours = scholar(dtype)
     plain = make_plain(scholar(None), scholar_options)
-    plain_old = plain.remember()
+    plain_old = copy.deepcopy(plain).eval().requires_grad_(False)
     batches = plain_batches(plain_images, options, device)
 
     def replay() -> dgr.GenerativeReplay:
@@ -247,7 +248,7 @@ def measure(options: argparse.Namespace, repetitions: int) -> list[dict[str, Any
         ),
         "batch": (lambda: split.sample(options.batch_size), lambda: next(batches), 200),
         "testing": (
-            lambda: train.precision(ours.solver, test, utils.images_at_once(device)),
+            lambda: train.precision(ours.solver.remember(), test, utils.images_at_once(device)),
             lambda: plain_testing(plain_old.solver, plain_test, options, device),
             1,
         ),

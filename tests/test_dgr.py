@@ -86,8 +86,29 @@ def test_old_scholar_is_generator_and_solver_alone():
     assert not any(isinstance(value, torch.optim.Optimizer) for m in old.modules() for value in vars(m).values())
     assert not any(parameter.requires_grad for parameter in old.parameters())
     assert not any(module.training for module in (*old.generator.net.modules(), *old.solver.net.modules()))
-    networks = (scholar.generator.net, scholar.solver.net)
-    assert len(list(old.parameters())) == sum(len(list(net.parameters())) for net in networks)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(None, 1e-4), (torch.bfloat16, 2e-2)])
+def test_old_scholar_draws_and_answers_as_the_scholar_does(dtype, bound):
+    """Batch normalisation folded into convolutions, or not: the same function, whatever its statistics."""
+    scholar = models.make_scholar(1, 10, SMALL, compute_dtype=dtype)
+    for layer in (layer for layer in scholar.modules() if isinstance(layer, torch.nn.BatchNorm2d)):
+        torch.nn.init.uniform_(layer.weight, 0.5, 2)
+        torch.nn.init.normal_(layer.bias)
+        layer.running_mean.normal_()
+        layer.running_var.uniform_(0.5, 2)
+    old = scholar.remember()
+    assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in old.solver.modules())
+    z = torch.randn(50, SMALL.generator_z_size)
+    x = scholar.generator.sample(50, z)
+    assert relative_error(old.generator.sample(50, z), x) < bound
+    with dgr.answering(scholar.solver):
+        assert relative_error(old.solver(x), scholar.solver(x)) < bound
+    assert old.generator.noise(2).dtype == torch.float32
+
+
+def relative_error(ours, theirs):
+    return ((ours - theirs).norm() / theirs.norm()).item()
 
 
 def test_old_scholar_does_not_learn_with_the_new_one():
