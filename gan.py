@@ -45,7 +45,7 @@ class Network(nn.Sequential):
 
 
 class Convolution(nn.Conv2d):
-    """A square convolution; learning on the CPU, a product of two matrices where it has more channels than places.
+    """A square convolution; on the CPU, a product of two matrices where it has more channels than places.
 
     There, PyTorch's own spends most of its time on laying out weights and their gradients.
     """
@@ -54,11 +54,18 @@ class Convolution(nn.Conv2d):
         (k, _), (stride, _), (padding, _) = self.kernel_size, self.stride, self.padding
         height, width = ((side + 2 * padding - k) // stride + 1 for side in x.shape[2:])
         places = len(x) * height * width
-        if x.device.type != "cpu" or not torch.is_grad_enabled() or places > self.out_channels:
+        if x.device.type != "cpu" or places > self.out_channels:
             return super().forward(x)
-        # (n, height * width, channels * k * k)
-        patches = F.unfold(x, k, padding=padding, stride=stride).transpose(1, 2)
-        y = F.linear(patches.flatten(0, 1), self.weight.flatten(1), self.bias)  # (n * height * width, out_channels)
+        if torch.is_grad_enabled():
+            patches = F.unfold(x, k, padding=padding, stride=stride).transpose(1, 2)  # (n, places, channels * k * k)
+            weight = self.weight.flatten(1)
+        else:  # rows of k * channels values at once, which has no fast gradient
+            x = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding)).contiguous()
+            image, row, column, _ = x.stride()
+            shape = (len(x), height, width, k, k * self.in_channels)
+            patches = x.as_strided(shape, (image, row * stride, column * stride, row, 1))
+            weight = self.weight.permute(0, 2, 3, 1).flatten(1)
+        y = F.linear(patches.reshape(places, -1), weight, self.bias)  # (places, out_channels)
         return y.view(len(x), height, width, -1).permute(0, 3, 1, 2)
 
 

@@ -196,6 +196,10 @@ def test_convolution_is_a_convolution(batch, kernel, stride, padding):
 
     for value, expected in zip(values(ours), values(plain), strict=True):
         torch.testing.assert_close(value, expected)
+    x = torch.randn(batch, 3, 5, 7, dtype=torch.float64)
+    with torch.no_grad():
+        for layout in (torch.contiguous_format, torch.channels_last):
+            torch.testing.assert_close(ours(x.to(memory_format=layout)), plain(x))
 
 
 def test_critic_tells_noise_from_digits_after_training():
