@@ -9,6 +9,7 @@ Everything drawn from the files of a run needs only those files. The precision p
 
 import argparse
 import csv
+import itertools
 import json
 import logging
 import sys
@@ -151,14 +152,24 @@ class SampleLog(Observer):
 
 
 POST_TIMEOUT = (2.0, 3.0)  # seconds to connect, and to wait for an answer
+WINDOW = {"width": 600, "height": 400}  # pixels: two side by side in a browser of 1280
+LABEL_CHARACTERS = 75  # that fit above a plot
+
+
+def retell(run: "Run", observer: Observer) -> None:
+    """Tell an observer what the files of a run hold already."""
+    when = ("phase", "task", "iteration")
+    for (phase, task, iteration), rows in itertools.groupby(run.rows, key=lambda row: [row[part] for part in when]):
+        observer.scalars(phase, int(task), int(iteration), {row["name"]: float(row["value"]) for row in rows})
 
 
 class LivePlots(Observer):
     """Live plots of a run on a visdom server, in the environment of its name. Training never waits for them.
 
-    What the files of the run hold already is shown first. A thread of its own posts the newest state of each window,
-    whole: a slow server gets fewer updates, one that comes back gets complete plots, and a second run of the same name
-    draws over the first.
+    A window for precision and for each loss, with one curve per task in the task's colour, and a dotted line where each
+    task begins. What the files of the run hold already is shown first. A thread of its own posts the newest state of
+    each window, whole: a slow server gets fewer updates, one that comes back gets complete plots. The windows that an
+    earlier run of the same name left are closed.
     """
 
     RETRY_SECONDS = 10.0
@@ -170,24 +181,37 @@ class LivePlots(Observer):
         self._titles = [f"task {number}: {title}" for number, title in enumerate(run.tasks, start=1)]
         self._address = f"{server}:{port}"
         self._connection = {"server": server, "port": port, "env": run.config["name"].replace("_", "-")}
-        self._curves: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+        self._begun = dict.fromkeys(self._lengths, 1)  # tasks, for each phase
+        self._curves: dict[str, dict[int, tuple[list[float], list[float]]]] = {"precision": {1: ([], [])}}
         self._pending: dict[str, tuple[str, dict[str, Any]]] = {}
         self._changed = threading.Condition()
-        self._closing = self._warned = self._down = False
-        for row in run.rows:
-            self.scalars(row["phase"], int(row["task"]), int(row["iteration"]), {row["name"]: float(row["value"])})
+        self._closing = self._warned = self._down = self._cleared = False
+        self._show("precision", "line", **self._line("precision", "solver"))  # the first window
+        retell(run, self)
+        if (run.directory / SAMPLES).exists():
+            pixels = np.asarray(Image.open(run.directory / SAMPLES))
+            opts = {"title": f"samples of {run.config['name']}"}
+            self._show("samples", "image", img=pixels.transpose(2, 0, 1), opts=opts)
         self._thread = threading.Thread(target=self._post_all, daemon=True)
         self._thread.start()
+
+    def begin(self, phase: str, task: int, iterations: int) -> None:
+        self._begun[phase] = task
+        for window in self._curves:
+            if window.startswith(phase) or (window, phase) == ("precision", "solver"):
+                self._show(window, "line", **self._line(window, phase))
 
     def scalars(self, phase: str, task: int, iteration: int, values: dict[str, float]) -> None:
         if phase not in self._lengths:
             return
+        self._begun[phase] = task
         changed = set()
-        at = (task - 1) * self._lengths[phase] + iteration
         for name, value in values.items():
-            window, curve = ("precision", name) if name.startswith("precision-") else (f"{phase} {name}", name)
+            window, curve = f"{phase} {name}", task
+            if name.startswith("precision-"):
+                window, curve = "precision", int(name.removeprefix("precision-"))
             xs, ys = self._curves.setdefault(window, {}).setdefault(curve, ([], []))
-            xs.append(at)
+            xs.append((task - 1) * self._lengths[phase] + iteration)
             ys.append(value)
             changed.add(window)
         for window in changed:
@@ -197,10 +221,6 @@ class LivePlots(Observer):
         title = f"samples: task {task}, iteration {iteration}"
         pixels = (images * 255).byte().cpu().numpy()
         self._show("samples", "images", tensor=pixels, nrow=IMAGES_PER_ROW, opts={"title": title})
-
-    def picture(self, pixels: np.ndarray, title: str) -> None:
-        """Show a finished sample grid: (height, width, 3) uint8."""
-        self._show("samples", "image", img=pixels.transpose(2, 0, 1), opts={"title": title})
 
     @property
     def unsent(self) -> bool:
@@ -217,18 +237,36 @@ class LivePlots(Observer):
     def _line(self, window: str, phase: str) -> dict[str, Any]:
         """The curves of a window as columns of one matrix, absent points being NaN."""
         curves = self._curves[window]
-        x = sorted({x for xs, _ in curves.values() for x in xs})
+        x = sorted({x for xs, _ in curves.values() for x in xs}) or [0]
         row = {x: i for i, x in enumerate(x)}
         y = np.full((len(x), len(curves)), np.nan)
         for column, (xs, ys) in enumerate(curves.values()):
             y[[row[x] for x in xs], column] = ys
-        opts: dict[str, Any] = {"title": window, "xlabel": f"{phase} iterations", "ylabel": window, "showlegend": True}
+        loss = window.removeprefix(f"{phase} ").replace("-", " ")
+        title = loss if phase in loss or window == "precision" else f"{phase} {loss}"
+        opts: dict[str, Any] = {"title": title, "xlabel": f"{phase} iterations", "ylabel": title, **WINDOW}
+        opts["legend"] = [self._titles[task - 1] for task in curves]
+        opts["linecolor"] = np.array([list(bytes.fromhex(task_colour(task)[1:])) for task in curves])
         if window == "precision":
-            opts |= {"legend": self._titles[: len(curves)], "ytickmin": 0, "ytickmax": 1}
-            colours = [task_colour(task) for task in range(1, len(curves) + 1)]
-            opts["linecolor"] = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in colours])
-        else:
-            opts["legend"] = list(curves)
+            opts |= {"ylabel": "precision (share of test images)", "ytickmin": 0, "ytickmax": 1.01}
+            opts |= {"markers": True, "markersize": 4, "markerborderwidth": 0}  # a single point is seen too
+        fits = sum(map(len, self._titles)) <= LABEL_CHARACTERS
+        line = {
+            "type": "line",
+            "y0": 0,
+            "y1": 1,
+            "layer": "below",
+            "line": {"color": "#b3b3b3", "dash": "dot", "width": 1},
+        }
+        label = {"y": 1, "xanchor": "left", "yanchor": "bottom", "showarrow": False}
+        shapes, annotations = [], []
+        for task in range(1, self._begun[phase] + 1):
+            at, text = (task - 1) * self._lengths[phase], self._titles[task - 1] if fits else str(task)
+            shapes.append({"xref": "x", "yref": "paper", "x0": at, "x1": at} | line)
+            font = {"size": 11, "color": task_colour(task)}
+            annotations.append({"xref": "x", "yref": "paper", "x": at, "text": text, "font": font} | label)
+        legend = {"orientation": "h", "y": -0.22, "yanchor": "top"}
+        opts["layoutopts"] = {"plotly": {"shapes": shapes, "annotations": annotations, "legend": legend}}
         # A single column would be taken for several points of one curve.
         return {"X": np.array(x), "Y": y if y.shape[1] > 1 else y[:, 0], "opts": opts}
 
@@ -248,7 +286,12 @@ class LivePlots(Observer):
                 del self._pending[window]
             try:
                 client = client or connect(**self._connection)
-                getattr(client, method)(win=window, **arguments)
+                if not self._cleared:
+                    client.text("", win="begin")  # the server must know the environment
+                    client.close()
+                    self._cleared = True
+                # A copy of the options, because visdom takes some out, and what fails is posted again.
+                getattr(client, method)(win=window, **arguments | {"opts": dict(arguments["opts"])})
                 self._down = False
             except Exception as error:  # Whatever a plot server does, training goes on.
                 client, self._down = None, True
@@ -371,9 +414,6 @@ def table(runs: list[Run]) -> str:
 def play_back(run: Run, server: str, port: int) -> None:
     """Show a run on a visdom server as it would have been shown live: whole curves, and its newest samples."""
     plots = LivePlots(run, server, port)
-    samples = run.directory / SAMPLES
-    if samples.exists():
-        plots.picture(np.asarray(Image.open(samples)), f"samples of {run.config['name']}")
     plots.close()
     if plots.unsent:
         raise UserError(f"visdom at {server}:{port} did not take the plots: start one, see README.md, and try again")
