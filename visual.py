@@ -152,7 +152,8 @@ class SampleLog(Observer):
 
 
 POST_TIMEOUT = (2.0, 3.0)  # seconds to connect, and to wait for an answer
-WINDOW = {"width": 600, "height": 400}  # pixels: two side by side in a browser of 1280
+WINDOW = {"width": 600, "height": 340, "marginright": 20, "margintop": 64, "marginbottom": 76}  # two in 1280 pixels
+SAMPLES_WINDOW = {"width": 340, "height": 340}
 LABEL_CHARACTERS = 75  # that fit above a plot
 
 
@@ -190,7 +191,7 @@ class LivePlots(Observer):
         retell(run, self)
         if (run.directory / SAMPLES).exists():
             pixels = np.asarray(Image.open(run.directory / SAMPLES))
-            opts = {"title": f"samples of {run.config['name']}"}
+            opts = {"title": f"samples of {run.config['name']}"} | SAMPLES_WINDOW
             self._show("samples", "image", img=pixels.transpose(2, 0, 1), opts=opts)
         self._thread = threading.Thread(target=self._post_all, daemon=True)
         self._thread.start()
@@ -205,7 +206,7 @@ class LivePlots(Observer):
         if phase not in self._lengths:
             return
         self._begun[phase] = task
-        changed = set()
+        changed = []
         for name, value in values.items():
             window, curve = f"{phase} {name}", task
             if name.startswith("precision-"):
@@ -213,14 +214,14 @@ class LivePlots(Observer):
             xs, ys = self._curves.setdefault(window, {}).setdefault(curve, ([], []))
             xs.append((task - 1) * self._lengths[phase] + iteration)
             ys.append(value)
-            changed.add(window)
-        for window in changed:
+            changed.append(window)
+        for window in dict.fromkeys(changed):
             self._show(window, "line", **self._line(window, phase))
 
     def images(self, task: int, iteration: int, images: Tensor) -> None:
         title = f"samples: task {task}, iteration {iteration}"
         pixels = (images * 255).byte().cpu().numpy()
-        self._show("samples", "images", tensor=pixels, nrow=IMAGES_PER_ROW, opts={"title": title})
+        self._show("samples", "images", tensor=pixels, nrow=IMAGES_PER_ROW, opts={"title": title} | SAMPLES_WINDOW)
 
     @property
     def unsent(self) -> bool:
@@ -251,22 +252,17 @@ class LivePlots(Observer):
             opts |= {"ylabel": "precision (share of test images)", "ytickmin": 0, "ytickmax": 1.01}
             opts |= {"markers": True, "markersize": 4, "markerborderwidth": 0}  # a single point is seen too
         fits = sum(map(len, self._titles)) <= LABEL_CHARACTERS
-        line = {
-            "type": "line",
-            "y0": 0,
-            "y1": 1,
-            "layer": "below",
-            "line": {"color": "#b3b3b3", "dash": "dot", "width": 1},
-        }
+        line = {"type": "line", "layer": "below", "line": {"color": "#b3b3b3", "dash": "dot", "width": 1}}
         label = {"y": 1, "xanchor": "left", "yanchor": "bottom", "showarrow": False}
-        shapes, annotations = [], []
+        shapes, labels = [], []
         for task in range(1, self._begun[phase] + 1):
-            at, text = (task - 1) * self._lengths[phase], self._titles[task - 1] if fits else str(task)
-            shapes.append({"xref": "x", "yref": "paper", "x0": at, "x1": at} | line)
+            at, title = (task - 1) * self._lengths[phase], self._titles[task - 1]
+            shapes.append({"yref": "paper", "x0": at, "x1": at, "y0": 0, "y1": 1} | line)
             font = {"size": 11, "color": task_colour(task)}
-            annotations.append({"xref": "x", "yref": "paper", "x": at, "text": text, "font": font} | label)
-        legend = {"orientation": "h", "y": -0.22, "yanchor": "top"}
-        opts["layoutopts"] = {"plotly": {"shapes": shapes, "annotations": annotations, "legend": legend}}
+            text = title if fits else f"task {task}"
+            labels.append({"yref": "paper", "x": at, "text": text, "font": font} | label)
+        legend = {"orientation": "h", "y": -0.26, "yanchor": "top"}
+        opts["layoutopts"] = {"plotly": {"shapes": shapes, "annotations": labels, "legend": legend}}
         # A single column would be taken for several points of one curve.
         return {"X": np.array(x), "Y": y if y.shape[1] > 1 else y[:, 0], "opts": opts}
 
