@@ -302,6 +302,13 @@ def make_parser() -> Parser:
     add(group, "--visdom-server", "localhost", "where live plots go, if a server answers", metavar="HOST")
     add(group, "--visdom-port", 8097, "its port", type=integer(1, 65535))
     add(group, "--no-visdom", False, "no live plots", action="store_true")
+    add(
+        group,
+        "--tensorboard",
+        False,
+        "scalars, samples and options for TensorBoard too, in the run's directory (needs: pip install tensorboard)",
+        action="store_true",
+    )
     return parser
 
 
@@ -324,6 +331,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             f"argument --solver-reducing-layers: {options.solver_reducing_layers} is more than the "
             f"{options.solver_depth - 1} convolutions of --solver-depth {options.solver_depth}"
         )
+    if options.tensorboard:
+        try:
+            from torch.utils import tensorboard  # noqa: F401
+        except ImportError as error:
+            parser.error(f"argument --tensorboard: {utils.reason(error)}: pip install tensorboard")
     written = ("result_dir", "checkpoint_dir", "sample_dir") if options.train else ("sample_dir",)
     check_replay(parser, options)
     if options.tasks:
@@ -429,6 +441,8 @@ def train_scholar(options: argparse.Namespace, name: str, tasks: list[data.Task]
         observers.append(visual.SampleLog(options.sample_dir / name, options.sample_log_interval))
     if not options.no_visdom:
         observers.append(visual.LivePlots(visual.Run(results), options.visdom_server, options.visdom_port))
+    if options.tensorboard:
+        observers.append(visual.TensorBoard(visual.Run(results)))
 
     # The same noise for every grid, from a stream of its own: looking does not change what is learned.
     noise = fixed_noise(options, device)
@@ -486,7 +500,7 @@ UNFINISHED = ".unfinished"
 FREE_TO_CHANGE = {
     *("train", "test", "quick", "resume", "checkpoint_interval", "no_gpus"),
     *("data_dir", "unverified_data", "result_dir", "checkpoint_dir", "sample_dir"),
-    *("visdom_server", "visdom_port", "no_visdom"),
+    *("visdom_server", "visdom_port", "no_visdom", "tensorboard"),
 }
 
 

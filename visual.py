@@ -8,6 +8,7 @@ Everything drawn from the files of a run needs only those files. The precision p
 """
 
 import argparse
+import contextlib
 import csv
 import itertools
 import json
@@ -15,6 +16,7 @@ import logging
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from PIL.Image import registered_extensions
 from torch import Tensor
-from torchvision.utils import save_image
+from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from utils import UserError, atomic_write, reason, run_program, warn
@@ -316,6 +318,76 @@ def connect(*, server: str, port: int, env: str) -> Any:
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     server = server if "://" in server else f"http://{server}"
     return Client(server=server, port=port, env=env, use_incoming_socket=False, raise_exceptions=True)
+
+
+# ------------------------------------------------------------------------------------------------- TensorBoard
+
+
+class TensorBoard(Observer):
+    """The scalars of `metrics.csv`, sample grids and options (as hparams) of a run, for TensorBoard.
+
+    What the files of the run hold already is written anew, and the sample grids that were there are kept: a run that
+    goes on after a stop has every point once. Needs the package tensorboard.
+    """
+
+    def __init__(self, run: "Run"):
+        options = run.config["options"]
+        self.image_interval, self._tasks = options["image_log_interval"], len(run.tasks)
+        self._lengths = {phase: options[f"{phase}_iterations"] for phase in ("generator", "solver")}
+        self._lengths["test"] = self._lengths["solver"]
+        self._directory, self._failed = run.directory / "tensorboard", False
+        with self._trying():
+            self._start(run, options)
+
+    def _start(self, run: "Run", options: dict[str, Any]) -> None:
+        from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
+
+        before = list(self._directory.glob("events.*"))
+        events = (event for file in before for event in LegacyEventFileLoader(str(file)).Load())
+        grids = {event.step: event for event in events if any(value.tag == "samples" for value in event.summary.value)}
+        self._drawn = set(grids)
+        self._writer = SummaryWriter(str(self._directory), flush_secs=10, purge_step=0)
+        values = {key: v if isinstance(v, int | float) else str(v) for key, v in options.items() if v is not None}
+        *start, self._finished = hparams(values, {"average-precision": 0.0})
+        for summary in start:
+            self._writer.file_writer.add_summary(summary)
+        for grid in grids.values():
+            self._writer.file_writer.event_writer.add_event(grid)
+        retell(run, self)
+        self._writer.flush()
+        for file in before:
+            file.unlink()
+
+    def scalars(self, phase: str, task: int, iteration: int, values: dict[str, float]) -> None:
+        at = (task - 1) * self._lengths[phase] + iteration
+        with self._trying():
+            for name, value in values.items():
+                self._writer.add_scalar(f"{phase}/{name}", value, at)
+            if phase == "test" and task == self._tasks:
+                self._writer.add_scalar("average-precision", sum(values.values()) / len(values), at)
+                self._writer.file_writer.add_summary(self._finished)
+
+    def images(self, task: int, iteration: int, images: Tensor) -> None:
+        at = (task - 1) * self._lengths["generator"] + iteration
+        with self._trying():
+            if at not in self._drawn:
+                self._writer.add_image("samples", make_grid(images.cpu(), IMAGES_PER_ROW), at)
+
+    def close(self) -> None:
+        with self._trying():
+            self._writer.close()
+
+    @contextlib.contextmanager
+    def _trying(self) -> Iterator[None]:
+        """Warn once if these files can't be written; training goes on."""
+        try:
+            yield
+        except Exception as error:
+            if not self._failed:
+                warn(f"{self._directory}: {reason(error)}; training goes on, and --resume writes these files anew")
+            self._failed = True
 
 
 # ------------------------------------------------------------------------------------------ figures from files
