@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -284,12 +285,13 @@ class LivePlots(Observer):
                 del self._pending[window]
             try:
                 client = client or connect(**self._connection)
-                if not self._cleared:
-                    client.text("", win="begin")  # the server must know the environment
-                    client.close()
-                    self._cleared = True
                 # A copy of the options, because visdom takes some out, and what fails is posted again.
-                getattr(client, method)(win=window, **arguments | {"opts": dict(arguments["opts"])})
+                post = partial(getattr(client, method), win=window, **arguments)
+                post(opts=dict(arguments["opts"]))
+                if not self._cleared:  # after the first post, because only then is the environment sure to exist
+                    client.close()
+                    post(opts=dict(arguments["opts"]))
+                    self._cleared = True
                 self._down = False
             except Exception as error:  # Whatever a plot server does, training goes on.
                 client, self._down = None, True
@@ -374,6 +376,7 @@ class TensorBoard(Observer):
         with self._trying():
             if at not in self._drawn:
                 self._writer.add_image("samples", make_grid(images.cpu(), IMAGES_PER_ROW), at)
+                self._writer.flush()  # scalars can be had from the metrics again, grids can't
 
     def close(self) -> None:
         with self._trying():

@@ -1,5 +1,6 @@
 """Live plots against servers that misbehave, sample grids, figures, progress."""
 
+import contextlib
 import importlib.util
 import json
 import socket
@@ -110,6 +111,32 @@ def test_curves_are_posted_whole_and_begin_with_their_task():
 
 
 @needs_visdom
+def test_windows_have_axes_and_the_colours_and_beginnings_of_tasks():
+    server = PlotServer()
+    plots = live_plots(server.port)
+    wait_for(lambda: any(post.get("win") == "precision" for _, post in server.posts))
+    tell_two_tasks(plots)
+    plots.begin("generator", 1, 20)
+    plots.scalars("generator", 1, 15, {"critic-loss": 2.0})
+    plots.close()
+    first = next(post for path, post in server.posts if post.get("layout"))
+    assert first["win"] == "precision" and first["data"][0]["y"] == [None]  # before anything is measured
+    for window, label in (("precision", "precision (share of test images)"), ("solver loss", "solver loss")):
+        post = server.newest(window)
+        layout = post["layout"]
+        assert (layout["xaxis"]["title"], layout["yaxis"]["title"]) == ("solver iterations", label)
+        assert [curve["name"] for curve in post["data"]] == ["task 1: one", "task 2: two"]
+        assert [curve["line"]["color"].upper() for curve in post["data"]] == visual.TASK_COLOURS[:2]
+        assert [(shape["x0"], shape["x1"]) for shape in layout["shapes"]] == [(0, 0), (6, 6)]
+        assert [note["text"] for note in layout["annotations"]] == ["task 1: one", "task 2: two"]
+        assert [note["font"]["color"] for note in layout["annotations"]] == visual.TASK_COLOURS[:2]
+    critic = server.newest("generator critic-loss")
+    assert critic["layout"]["title"] == critic["layout"]["yaxis"]["title"] == "generator critic loss"
+    assert (critic["data"][0]["x"], len(critic["layout"]["shapes"])) == ([15], 1)
+    server.stop()
+
+
+@needs_visdom
 def test_one_client_serves_a_whole_run(monkeypatch):
     server, plain, clients = PlotServer(), visual.connect, []
     monkeypatch.setattr(visual, "connect", lambda **address: clients.append(plain(**address)) or clients[-1])
@@ -172,7 +199,8 @@ def test_plots_go_on_complete_after_a_server_came_back(capsys, monkeypatch):
     again = PlotServer(port=server.port)
     wait_for(lambda: any(post.get("win") == "precision" for _, post in again.posts))
     plots.close()
-    assert again.newest("precision")["data"][0]["y"] == [0.5, 0.6, 0.7]
+    curve = again.newest("precision")["data"][0]
+    assert curve["y"] == [0.5, 0.6, 0.7] and curve["line"]["color"].upper() == visual.task_colour(1)
     again.stop()
 
 
@@ -219,28 +247,35 @@ def test_visdom_not_installed_is_one_warning(capsys, monkeypatch):
     assert capsys.readouterr().err.count("warning: no live plots") == 1
 
 
-@needs_visdom
-def test_windows_arrive_at_a_real_visdom_server(tmp_path):
-    """The real server, started without the download of its front end."""
+@contextlib.contextmanager
+def visdom_server(directory):
+    """The port of a real server, reachable from this machine alone, started without the download of its front end."""
     port = free_port()
     start = f"import sys; from visdom.server.run_server import main; sys.argv += ['-port', '{port}', '-bind_local', "
-    start += f"'-env_path', {str(tmp_path)!r}]; main()"
+    start += f"'-env_path', {str(directory)!r}]; main()"
     server = subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_for(lambda: server.poll() is not None or socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+        yield port
+    finally:
+        server.kill()
+        server.wait()
+
+
+@needs_visdom
+def test_windows_arrive_at_a_real_visdom_server_in_place_of_an_earlier_runs(tmp_path):
+    with visdom_server(tmp_path) as port:
+        client = visual.connect(server="127.0.0.1", port=port, env="a-run-r0.3")
+        client.text("of an earlier run", win="solver another-loss")
         plots = live_plots(port)
         tell_two_tasks(plots)
         plots.images(2, 20, torch.rand(7, 3, 32, 32))
         plots.close()
-        client = visual.connect(server="127.0.0.1", port=port, env="a-run-r0.3")
         window = json.loads(client.get_window_data(win="precision", env="a-run-r0.3"))
         assert [trace["name"] for trace in window["content"]["data"]] == ["task 1: one", "task 2: two"]
         assert window["content"]["data"][0]["y"] == pytest.approx([0.13, 0.16, 0.13, 0.16])
         windows = json.loads(client.get_window_data(env="a-run-r0.3"))
         assert {w["title"] for w in windows.values()} == {"precision", "solver loss", "samples: task 2, iteration 20"}
-    finally:
-        server.kill()
-        server.wait()
 
 
 # ---------------------------------------------------------------------------------------- samples and figures
