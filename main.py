@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -307,7 +306,7 @@ def make_parser() -> Parser:
         group,
         "--tensorboard",
         False,
-        "write the same scalars and samples for TensorBoard, into the run's directory",
+        "scalars, samples and options for TensorBoard too, in the run's directory (needs: pip install tensorboard)",
         action="store_true",
     )
     return parser
@@ -332,8 +331,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             f"argument --solver-reducing-layers: {options.solver_reducing_layers} is more than the "
             f"{options.solver_depth - 1} convolutions of --solver-depth {options.solver_depth}"
         )
-    if options.tensorboard and find_spec("tensorboard") is None:
-        parser.error("argument --tensorboard: it needs a package that is not installed: pip install tensorboard")
+    if options.tensorboard:
+        try:
+            from torch.utils import tensorboard  # noqa: F401
+        except ImportError as error:
+            parser.error(f"argument --tensorboard: {utils.reason(error)}: pip install tensorboard")
     written = ("result_dir", "checkpoint_dir", "sample_dir") if options.train else ("sample_dir",)
     check_replay(parser, options)
     if options.tasks:

@@ -11,8 +11,10 @@ What is drawn after a run needs only its files:
 
 import argparse
 import base64
+import contextlib
 import csv
 import html
+import itertools
 import json
 import logging
 import shlex
@@ -21,7 +23,8 @@ import tempfile
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,15 +171,25 @@ class SampleLog(Observer):
 
 
 POST_TIMEOUT = (2.0, 3.0)  # seconds to connect, and to wait for an answer
-SAMPLE_WINDOW = {"width": 340, "height": 340}
+WINDOW = {"width": 600, "height": 340, "marginright": 20, "margintop": 64, "marginbottom": 76}  # two in 1280 pixels
+SAMPLES_WINDOW = {"width": 340, "height": 340}
+LABEL_CHARACTERS = 75  # that fit above a plot
+
+
+def retell(run: "Run", observer: Observer) -> None:
+    """Tell an observer what the files of a run hold already."""
+    when = ("phase", "task", "iteration")
+    for (phase, task, iteration), rows in itertools.groupby(run.rows, key=lambda row: [row[part] for part in when]):
+        observer.scalars(phase, int(task), int(iteration), {row["name"]: float(row["value"]) for row in rows})
 
 
 class LivePlots(Observer):
     """Live plots of a run on a visdom server, in the environment of its name. Training never waits for them.
 
-    What the files of the run hold already is shown first. A thread of its own posts the newest state of each window,
-    whole: a slow server gets fewer updates, one that comes back gets complete plots, and a second run of the same name
-    draws over the first.
+    A window for precision and for each loss, with one curve per task in the task's colour, and a dotted line where each
+    task begins. What the files of the run hold already is shown first. A thread of its own posts the newest state of
+    each window, whole: a slow server gets fewer updates, one that comes back gets complete plots. The windows that an
+    earlier run of the same name left are closed.
     """
 
     RETRY_SECONDS = 10.0
@@ -188,37 +201,46 @@ class LivePlots(Observer):
         self._titles = [f"task {number}: {title}" for number, title in enumerate(run.tasks, start=1)]
         self._address = f"{server}:{port}"
         self._connection = {"server": server, "port": port, "env": run.config["name"].replace("_", "-")}
-        self._curves: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+        self._begun = dict.fromkeys(self._lengths, 1)  # tasks, for each phase
+        self._curves: dict[str, dict[int, tuple[list[float], list[float]]]] = {"precision": {1: ([], [])}}
         self._pending: dict[str, tuple[str, dict[str, Any]]] = {}
         self._changed = threading.Condition()
-        self._closing = self._warned = self._down = False
-        for row in run.rows:
-            self.scalars(row["phase"], int(row["task"]), int(row["iteration"]), {row["name"]: float(row["value"])})
+        self._closing = self._warned = self._down = self._cleared = False
+        self._show("precision", "line", **self._line("precision", "solver"))  # the first window
+        retell(run, self)
+        if (run.directory / SAMPLES).exists():
+            pixels = np.asarray(Image.open(run.directory / SAMPLES))
+            opts = {"title": f"samples of {run.config['name']}"} | SAMPLES_WINDOW
+            self._show("samples", "image", img=pixels.transpose(2, 0, 1), opts=opts)
         self._thread = threading.Thread(target=self._post_all, daemon=True)
         self._thread.start()
+
+    def begin(self, phase: str, task: int, iterations: int) -> None:
+        self._begun[phase] = task
+        for window in self._curves:
+            if window.startswith(phase) or (window, phase) == ("precision", "solver"):
+                self._show(window, "line", **self._line(window, phase))
 
     def scalars(self, phase: str, task: int, iteration: int, values: dict[str, float]) -> None:
         if phase not in self._lengths:
             return
-        changed = set()
-        at = (task - 1) * self._lengths[phase] + iteration
+        self._begun[phase] = task
+        changed = []
         for name, value in values.items():
-            window, curve = ("precision", name) if name.startswith("precision-") else (f"{phase} {name}", name)
+            window, curve = f"{phase} {name}", task
+            if name.startswith("precision-"):
+                window, curve = "precision", int(name.removeprefix("precision-"))
             xs, ys = self._curves.setdefault(window, {}).setdefault(curve, ([], []))
-            xs.append(at)
+            xs.append((task - 1) * self._lengths[phase] + iteration)
             ys.append(value)
-            changed.add(window)
-        for window in changed:
+            changed.append(window)
+        for window in dict.fromkeys(changed):
             self._show(window, "line", **self._line(window, phase))
 
     def images(self, task: int, iteration: int, images: Tensor) -> None:
         title = f"samples: task {task}, iteration {iteration}"
         pixels = (images * 255).byte().cpu().numpy()
-        self._show("samples", "images", tensor=pixels, nrow=IMAGES_PER_ROW, opts={"title": title, **SAMPLE_WINDOW})
-
-    def picture(self, pixels: np.ndarray, title: str) -> None:
-        """Show a finished sample grid: (height, width, 3) uint8."""
-        self._show("samples", "image", img=pixels.transpose(2, 0, 1), opts={"title": title, **SAMPLE_WINDOW})
+        self._show("samples", "images", tensor=pixels, nrow=IMAGES_PER_ROW, opts={"title": title} | SAMPLES_WINDOW)
 
     @property
     def unsent(self) -> bool:
@@ -235,25 +257,31 @@ class LivePlots(Observer):
     def _line(self, window: str, phase: str) -> dict[str, Any]:
         """The curves of a window as columns of one matrix, absent points being NaN."""
         curves = self._curves[window]
-        x = sorted({x for xs, _ in curves.values() for x in xs})
+        x = sorted({x for xs, _ in curves.values() for x in xs}) or [0]
         row = {x: i for i, x in enumerate(x)}
         y = np.full((len(x), len(curves)), np.nan)
         for column, (xs, ys) in enumerate(curves.values()):
             y[[row[x] for x in xs], column] = ys
-        meaning = window.removeprefix(f"{phase} ").replace("-", " ") if phase == "generator" else window
-        opts: dict[str, Any] = {
-            "title": window,
-            "xlabel": f"{phase} iterations",
-            "ylabel": meaning,
-        }
-        opts |= {"width": 440, "height": 340, "showlegend": False, "marginbottom": 60, "marginright": 20}
+        loss = window.removeprefix(f"{phase} ").replace("-", " ")
+        title = loss if phase in loss or window == "precision" else f"{phase} {loss}"
+        opts: dict[str, Any] = {"title": title, "xlabel": f"{phase} iterations", "ylabel": title, **WINDOW}
+        opts["legend"] = [self._titles[task - 1] for task in curves]
+        opts["linecolor"] = np.array([list(bytes.fromhex(task_colour(task)[1:])) for task in curves])
         if window == "precision":
-            opts |= {"legend": self._titles[: len(curves)], "showlegend": True, "ytickmin": 0, "ytickmax": 1}
-            opts |= {"height": 400, "marginbottom": 120}
-            colours = [task_colour(task) for task in range(1, len(curves) + 1)]
-            opts["linecolor"] = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in colours])
-        begun = -(-x[-1] // self._lengths[phase])
-        opts["layoutopts"] = {"plotly": self._boundaries(phase, begun) | {"legend": {"orientation": "h", "y": -0.25}}}
+            opts |= {"ylabel": "precision (share of test images)", "ytickmin": 0, "ytickmax": 1.01}
+            opts |= {"markers": True, "markersize": 4, "markerborderwidth": 0}  # a single point is seen too
+        fits = sum(map(len, self._titles)) <= LABEL_CHARACTERS
+        line = {"type": "line", "layer": "below", "line": {"color": "#b3b3b3", "dash": "dot", "width": 1}}
+        label = {"y": 1, "xanchor": "left", "yanchor": "bottom", "showarrow": False}
+        shapes, labels = [], []
+        for task in range(1, self._begun[phase] + 1):
+            at, title = (task - 1) * self._lengths[phase], self._titles[task - 1]
+            shapes.append({"yref": "paper", "x0": at, "x1": at, "y0": 0, "y1": 1} | line)
+            font = {"size": 11, "color": task_colour(task)}
+            text = title if fits else f"task {task}"
+            labels.append({"yref": "paper", "x": at, "text": text, "font": font} | label)
+        legend = {"orientation": "h", "y": -0.26, "yanchor": "top"}
+        opts["layoutopts"] = {"plotly": {"shapes": shapes, "annotations": labels, "legend": legend}}
         # A single column would be taken for several points of one curve.
         return {"X": np.array(x), "Y": y if y.shape[1] > 1 else y[:, 0], "opts": opts}
 
@@ -283,7 +311,13 @@ class LivePlots(Observer):
                 del self._pending[window]
             try:
                 client = client or connect(**self._connection)
-                getattr(client, method)(win=window, **arguments)
+                # A copy of the options, because visdom takes some out, and what fails is posted again.
+                post = partial(getattr(client, method), win=window, **arguments)
+                post(opts=dict(arguments["opts"]))
+                if not self._cleared:  # after the first post, because only then is the environment sure to exist
+                    client.close()
+                    post(opts=dict(arguments["opts"]))
+                    self._cleared = True
                 self._down = False
             except Exception as error:  # Whatever a plot server does, training goes on.
                 client, self._down = None, True
@@ -314,44 +348,75 @@ def connect(*, server: str, port: int, env: str) -> Any:
     return Client(server=server, port=port, env=env, use_incoming_socket=False, raise_exceptions=True)
 
 
-class TensorBoard(Observer):
-    """A run for TensorBoard: scalars and images as they come, at its end the options as hparams.
+# ------------------------------------------------------------------------------------------------- TensorBoard
 
-    What the files of the run hold already is written anew, so that no point is twice there after --resume.
+
+class TensorBoard(Observer):
+    """The scalars of `metrics.csv`, sample grids and options (as hparams) of a run, for TensorBoard.
+
+    What the files of the run hold already is written anew, and the sample grids that were there are kept: a run that
+    goes on after a stop has every point once. Needs the package tensorboard.
     """
 
     def __init__(self, run: "Run"):
-        from torch.utils.tensorboard import SummaryWriter
+        options = run.config["options"]
+        self.image_interval, self._tasks = options["image_log_interval"], len(run.tasks)
+        self._lengths = {phase: options[f"{phase}_iterations"] for phase in ("generator", "solver")}
+        self._lengths["test"] = self._lengths["solver"]
+        self._directory, self._failed = run.directory / "tensorboard", False
+        with self._trying():
+            self._start(run, options)
 
-        self.image_interval = run.options["image_log_interval"]
-        self._options, self._tasks, self._lengths = run.options, len(run.tasks), run.lengths
-        directory = run.directory / "tensorboard"
-        for old in directory.glob("events.*"):
-            old.unlink()
-        self._writer = SummaryWriter(directory)
-        self._images = SummaryWriter(directory / "samples")
-        self._outcome: dict[str, float] = {}
-        for row in run.rows:
-            self.scalars(row["phase"], int(row["task"]), int(row["iteration"]), {row["name"]: float(row["value"])})
+    def _start(self, run: "Run", options: dict[str, Any]) -> None:
+        from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
+
+        before = list(self._directory.glob("events.*"))
+        events = (event for file in before for event in LegacyEventFileLoader(str(file)).Load())
+        grids = {event.step: event for event in events if any(value.tag == "samples" for value in event.summary.value)}
+        self._drawn = set(grids)
+        self._writer = SummaryWriter(str(self._directory), flush_secs=10, purge_step=0)
+        values = {key: v if isinstance(v, int | float) else str(v) for key, v in options.items() if v is not None}
+        *start, self._finished = hparams(values, {"average-precision": 0.0})
+        for summary in start:
+            self._writer.file_writer.add_summary(summary)
+        for grid in grids.values():
+            self._writer.file_writer.event_writer.add_event(grid)
+        retell(run, self)
+        self._writer.flush()
+        for file in before:
+            file.unlink()
 
     def scalars(self, phase: str, task: int, iteration: int, values: dict[str, float]) -> None:
-        length = self._lengths.get(phase, self._lengths["solver"])  # phase "test" is at the end of the solver's
-        for name, value in values.items():
-            self._writer.add_scalar(f"{phase}/{name}", value, (task - 1) * length + iteration)
+        at = (task - 1) * self._lengths[phase] + iteration
+        with self._trying():
+            for name, value in values.items():
+                self._writer.add_scalar(f"{phase}/{name}", value, at)
             if phase == "test" and task == self._tasks:
-                self._outcome[name] = value
+                self._writer.add_scalar("average-precision", sum(values.values()) / len(values), at)
+                self._writer.file_writer.add_summary(self._finished)
 
     def images(self, task: int, iteration: int, images: Tensor) -> None:
-        step = (task - 1) * self._lengths["generator"] + iteration
-        self._images.add_image("samples", make_grid(images, nrow=IMAGES_PER_ROW), step)
+        at = (task - 1) * self._lengths["generator"] + iteration
+        with self._trying():
+            if at not in self._drawn:
+                self._writer.add_image("samples", make_grid(images.cpu(), IMAGES_PER_ROW), at)
+                self._writer.flush()  # scalars can be had from the metrics again, grids can't
 
     def close(self) -> None:
-        if self._outcome:
-            options = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in self._options.items()}
-            outcome = {"average precision": float(np.mean(list(self._outcome.values())))}
-            self._writer.add_hparams(options, outcome, run_name=".")
-        self._writer.close()
-        self._images.close()
+        with self._trying():
+            self._writer.close()
+
+    @contextlib.contextmanager
+    def _trying(self) -> Iterator[None]:
+        """Warn once if these files can't be written; training goes on."""
+        try:
+            yield
+        except Exception as error:
+            if not self._failed:
+                warn(f"{self._directory}: {reason(error)}; training goes on, and --resume writes these files anew")
+            self._failed = True
 
 
 # ------------------------------------------------------------------------------------------ figures from files
@@ -810,9 +875,6 @@ def embedded(picture: Path) -> str:
 def play_back(run: Run, server: str, port: int) -> None:
     """Show a run on a visdom server as it would have been shown live: whole curves, and its newest samples."""
     plots = LivePlots(run, server, port)
-    samples = run.directory / SAMPLES
-    if samples.exists():
-        plots.picture(np.asarray(Image.open(samples)), f"samples of {run.config['name']}")
     plots.close()
     if plots.unsent:
         raise UserError(f"visdom at {server}:{port} did not take the plots: start one, see README.md, and try again")

@@ -1,5 +1,6 @@
 """Live plots against servers that misbehave, sample grids, figures, progress."""
 
+import contextlib
 import importlib.util
 import json
 import re
@@ -18,7 +19,6 @@ from matplotlib.image import imread
 from PIL import Image
 from test_resume import flags, outcome, run_here
 
-import main
 import visual
 from utils import UserError
 
@@ -112,6 +112,32 @@ def test_curves_are_posted_whole_and_begin_with_their_task():
 
 
 @needs_visdom
+def test_windows_have_axes_and_the_colours_and_beginnings_of_tasks():
+    server = PlotServer()
+    plots = live_plots(server.port)
+    wait_for(lambda: any(post.get("win") == "precision" for _, post in server.posts))
+    tell_two_tasks(plots)
+    plots.begin("generator", 1, 20)
+    plots.scalars("generator", 1, 15, {"critic-loss": 2.0})
+    plots.close()
+    first = next(post for path, post in server.posts if post.get("layout"))
+    assert first["win"] == "precision" and first["data"][0]["y"] == [None]  # before anything is measured
+    for window, label in (("precision", "precision (share of test images)"), ("solver loss", "solver loss")):
+        post = server.newest(window)
+        layout = post["layout"]
+        assert (layout["xaxis"]["title"], layout["yaxis"]["title"]) == ("solver iterations", label)
+        assert [curve["name"] for curve in post["data"]] == ["task 1: one", "task 2: two"]
+        assert [curve["line"]["color"].upper() for curve in post["data"]] == visual.TASK_COLOURS[:2]
+        assert [(shape["x0"], shape["x1"]) for shape in layout["shapes"]] == [(0, 0), (6, 6)]
+        assert [note["text"] for note in layout["annotations"]] == ["task 1: one", "task 2: two"]
+        assert [note["font"]["color"] for note in layout["annotations"]] == visual.TASK_COLOURS[:2]
+    critic = server.newest("generator critic-loss")
+    assert critic["layout"]["title"] == critic["layout"]["yaxis"]["title"] == "generator critic loss"
+    assert (critic["data"][0]["x"], len(critic["layout"]["shapes"])) == ([15], 1)
+    server.stop()
+
+
+@needs_visdom
 def test_one_client_serves_a_whole_run(monkeypatch):
     server, plain, clients = PlotServer(), visual.connect, []
     monkeypatch.setattr(visual, "connect", lambda **address: clients.append(plain(**address)) or clients[-1])
@@ -174,7 +200,8 @@ def test_plots_go_on_complete_after_a_server_came_back(capsys, monkeypatch):
     again = PlotServer(port=server.port)
     wait_for(lambda: any(post.get("win") == "precision" for _, post in again.posts))
     plots.close()
-    assert again.newest("precision")["data"][0]["y"] == [0.5, 0.6, 0.7]
+    curve = again.newest("precision")["data"][0]
+    assert curve["y"] == [0.5, 0.6, 0.7] and curve["line"]["color"].upper() == visual.task_colour(1)
     again.stop()
 
 
@@ -221,95 +248,35 @@ def test_visdom_not_installed_is_one_warning(capsys, monkeypatch):
     assert capsys.readouterr().err.count("warning: no live plots") == 1
 
 
-@needs_visdom
-def test_windows_arrive_at_a_real_visdom_server(tmp_path):
-    """The real server, started without the download of its front end."""
+@contextlib.contextmanager
+def visdom_server(directory):
+    """The port of a real server, reachable from this machine alone, started without the download of its front end."""
     port = free_port()
     start = f"import sys; from visdom.server.run_server import main; sys.argv += ['-port', '{port}', '-bind_local', "
-    start += f"'-env_path', {str(tmp_path)!r}]; main()"
+    start += f"'-env_path', {str(directory)!r}]; main()"
     server = subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_for(lambda: server.poll() is not None or socket.socket().connect_ex(("127.0.0.1", port)) == 0)
-        plots = live_plots(port)
-        tell_two_tasks(plots)
-        plots.images(2, 20, torch.rand(7, 3, 32, 32))
-        plots.close()
-        client = visual.connect(server="127.0.0.1", port=port, env="a-run-r0.3")
-        window = json.loads(client.get_window_data(win="precision", env="a-run-r0.3"))
-        assert [trace["name"] for trace in window["content"]["data"]] == ["task 1: one", "task 2: two"]
-        assert window["content"]["data"][0]["y"] == pytest.approx([0.13, 0.16, 0.13, 0.16])
-        windows = json.loads(client.get_window_data(env="a-run-r0.3"))
-        assert {w["title"] for w in windows.values()} == {"precision", "solver loss", "samples: task 2, iteration 20"}
+        yield port
     finally:
         server.kill()
         server.wait()
 
 
-def test_windows_say_what_they_show():
-    """Axes, one colour for each task, and a line with its number where each task so far begins."""
-    server = PlotServer()
-    plots = live_plots(server.port)
-    tell_two_tasks(plots)
-    plots.close()
-    layout = server.newest("precision")["layout"]
-    assert (layout["xaxis"]["title"], layout["yaxis"]["title"]) == ("solver iterations", "precision")
-    assert [shape["x0"] for shape in layout["shapes"]] == [0, 6]
-    assert [note["text"] for note in layout["annotations"]] == ["task 1", "task 2"]
-    for task, trace in enumerate(server.newest("precision")["data"], start=1):
-        assert same_colour(trace["line"]["color"], visual.task_colour(task))
-
-
-def same_colour(shown, wanted):
-    """Whether a colour as visdom writes it, in hexadecimal or as rgb(...), is that one."""
-    numbers = [int(wanted[i : i + 2], 16) for i in (1, 3, 5)]
-    return shown.lower() == wanted.lower() or [int(n) for n in re.findall(r"\d+", shown)] == numbers
-
-
-# ------------------------------------------------------------------------------- other people's tools
-
-
-def test_metrics_load_into_pandas(tmp_path, small_mnist):
-    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
-    run_here(flags(tmp_path, small_mnist))
-    metrics = pandas.read_csv(next(tmp_path.glob("results/*/metrics.csv")))
-    assert [str(kind) for kind in metrics.dtypes[1:]] == ["int64", "int64", metrics.name.dtype.name, "float64"]
-    final = metrics[(metrics.phase == "test") & (metrics.task == 2)]
-    summary = json.loads(next(tmp_path.glob("results/*/summary.json")).read_text())
-    assert final.value.mean() == pytest.approx(summary["average_precision"])
-
-
-def test_tensorboard_holds_what_metrics_hold(tmp_path, small_mnist):
-    """Every scalar once, images, and hparams; also of a run that was stopped and goes on."""
-    loading = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator", reason="TensorBoard is not installed"
-    )
-    arguments = [*flags(tmp_path, small_mnist), "--tensorboard"]
-    run_here(arguments)
-    directory = next(tmp_path.glob("results/*-r0.3"))
-    check_events(loading, directory)
-    plots = visual.TensorBoard(visual.Run(directory))  # as after --resume: nothing is there twice
-    plots.close()
-    check_events(loading, directory)
-    images = loading.EventAccumulator(str(directory / "tensorboard/samples")).Reload()
-    assert [image.step for image in images.Images("samples")] == [2, 4, 6, 8]
-
-
-def check_events(loading, directory):
-    events = loading.EventAccumulator(str(directory / "tensorboard")).Reload()
-    rows = visual.Run(directory).rows
-    assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
-    for tag in {f"{row['phase']}/{row['name']}" for row in rows}:
-        expected = [float(row["value"]) for row in rows if f"{row['phase']}/{row['name']}" == tag]
-        assert [event.value for event in events.Scalars(tag)] == pytest.approx(expected)
-        assert sorted({event.step for event in events.Scalars(tag)}) == [event.step for event in events.Scalars(tag)]
-
-
-def test_tensorboard_that_is_not_there_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(main, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit) as end:
-        main.parse(["--train", "--tensorboard", f"--result-dir={tmp_path}"])
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.count("\n") == 1 and "pip install tensorboard" in error
+@needs_visdom
+def test_windows_arrive_at_a_real_visdom_server_in_place_of_an_earlier_runs(tmp_path):
+    with visdom_server(tmp_path) as port:
+        client = visual.connect(server="127.0.0.1", port=port, env="a-run-r0.3")
+        client.text("of an earlier run", win="solver another-loss")
+        plots = live_plots(port)
+        tell_two_tasks(plots)
+        plots.images(2, 20, torch.rand(7, 3, 32, 32))
+        plots.close()
+        window = json.loads(client.get_window_data(win="precision", env="a-run-r0.3"))
+        assert [trace["name"] for trace in window["content"]["data"]] == ["task 1: one", "task 2: two"]
+        assert window["content"]["data"][0]["y"] == pytest.approx([0.13, 0.16, 0.13, 0.16])
+        windows = json.loads(client.get_window_data(env="a-run-r0.3"))
+        assert {w["title"] for w in windows.values()} == {"precision", "solver loss", "samples: task 2, iteration 20"}
 
 
 # ---------------------------------------------------------------------------------------- samples and figures
