@@ -16,13 +16,18 @@ import pytest
 from conftest import assert_one_line_error, run, start
 from PIL import Image
 from test_resume import NAME, flags, run_here, run_until
-from test_visual import needs_visdom, visdom_server, wait_for
+from test_visual import needs_visdom, visdom_server
+from test_visual import wait_for as wait_briefly_for
 
 import visual
 
 needs_tensorboard = pytest.mark.skipif(
     not importlib.util.find_spec("tensorboard"), reason="tensorboard is not installed"
 )
+
+
+def wait_for(condition) -> None:
+    wait_briefly_for(condition, seconds=90)  # a program starts, a browser draws
 
 
 def metrics(directory) -> list[dict[str, str]]:
