@@ -329,8 +329,8 @@ class TensorBoard(Observer):
     """The scalars of `metrics.csv`, sample grids and options (as hparams) of a run, for TensorBoard.
 
     What the files of the run hold already is written anew, and the sample grids that were there are kept: a run that
-    goes on after a stop has every point once. Needs the package tensorboard; its SummaryWriter is not used, whose thread
-    keeps what is newest for itself for a while, and leaves a traceback where a disk is full.
+    goes on after a stop has every point once. Needs the package tensorboard, but not its SummaryWriter, whose thread
+    keeps the newest points for itself and leaves a traceback where a disk is full.
     """
 
     def __init__(self, run: "Run"):
