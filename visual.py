@@ -255,7 +255,7 @@ class LivePlots(Observer):
             opts |= {"ylabel": "precision (share of test images)", "ytickmin": 0, "ytickmax": 1.01}
             opts |= {"markers": True, "markersize": 4, "markerborderwidth": 0}  # a single point is seen too
         fits = sum(map(len, self._titles)) <= LABEL_CHARACTERS
-        line = {"type": "line", "layer": "below", "line": {"color": "#b3b3b3", "dash": "dot", "width": 1}}
+        line = {"type": "line", "line": {"color": "#808080", "dash": "dot", "width": 1.5}}
         label = {"y": 1, "xanchor": "left", "yanchor": "bottom", "showarrow": False}
         shapes, labels = [], []
         for task in range(1, self._begun[phase] + 1):
@@ -264,7 +264,7 @@ class LivePlots(Observer):
             font = {"size": 11, "color": task_colour(task)}
             text = title if fits else f"task {task}"
             labels.append({"yref": "paper", "x": at, "text": text, "font": font} | label)
-        legend = {"orientation": "h", "y": -0.26, "yanchor": "top"}
+        legend = {"orientation": "h", "y": -0.31, "yanchor": "top"}
         opts["layoutopts"] = {"plotly": {"shapes": shapes, "annotations": labels, "legend": legend}}
         # A single column would be taken for several points of one curve.
         return {"X": np.array(x), "Y": y if y.shape[1] > 1 else y[:, 0], "opts": opts}
