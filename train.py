@@ -297,7 +297,7 @@ class RunFiles(visual.Observer):
         }
         self._write_metrics()
         if not self._complete:
-            raise UserError(f"{self._metrics} could not be written; put that right and --resume to finish the run")
+            raise UserError(f"{self._file} could not be written; put that right and --resume to finish the run")
         write_json(self.directory / "summary.json", summary)
         return summary
 

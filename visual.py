@@ -271,7 +271,7 @@ class LivePlots(Observer):
             opts |= {"ylabel": "precision (share of test images)", "ytickmin": 0, "ytickmax": 1.01}
             opts |= {"markers": True, "markersize": 4, "markerborderwidth": 0}  # a single point is seen too
         fits = sum(map(len, self._titles)) <= LABEL_CHARACTERS
-        line = {"type": "line", "layer": "below", "line": {"color": "#b3b3b3", "dash": "dot", "width": 1}}
+        line = {"type": "line", "line": {"color": "#808080", "dash": "dot", "width": 1.5}}
         label = {"y": 1, "xanchor": "left", "yanchor": "bottom", "showarrow": False}
         shapes, labels = [], []
         for task in range(1, self._begun[phase] + 1):
@@ -280,7 +280,7 @@ class LivePlots(Observer):
             font = {"size": 11, "color": task_colour(task)}
             text = title if fits else f"task {task}"
             labels.append({"yref": "paper", "x": at, "text": text, "font": font} | label)
-        legend = {"orientation": "h", "y": -0.26, "yanchor": "top"}
+        legend = {"orientation": "h", "y": -0.31, "yanchor": "top"}
         opts["layoutopts"] = {"plotly": {"shapes": shapes, "annotations": labels, "legend": legend}}
         # A single column would be taken for several points of one curve.
         return {"X": np.array(x), "Y": y if y.shape[1] > 1 else y[:, 0], "opts": opts}
@@ -355,7 +355,8 @@ class TensorBoard(Observer):
     """The scalars of `metrics.csv`, sample grids and options (as hparams) of a run, for TensorBoard.
 
     What the files of the run hold already is written anew, and the sample grids that were there are kept: a run that
-    goes on after a stop has every point once. Needs the package tensorboard.
+    goes on after a stop has every point once. Needs the package tensorboard, but not its SummaryWriter, whose thread
+    keeps the newest points for itself and leaves a traceback where a disk is full.
     """
 
     def __init__(self, run: "Run"):
@@ -369,22 +370,25 @@ class TensorBoard(Observer):
 
     def _start(self, run: "Run", options: dict[str, Any]) -> None:
         from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
-        from torch.utils.tensorboard import SummaryWriter
-        from torch.utils.tensorboard.summary import hparams
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from torch.utils.tensorboard import RecordWriter, summary
 
         before = list(self._directory.glob("events.*"))
         events = (event for file in before for event in LegacyEventFileLoader(str(file)).Load())
         grids = {event.step: event for event in events if any(value.tag == "samples" for value in event.summary.value)}
-        self._drawn = set(grids)
-        self._writer = SummaryWriter(str(self._directory), flush_secs=10, purge_step=0)
+        self._drawn, self._event, self._summary = set(grids), Event, summary
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._file = (self._directory / f"events.out.tfevents.{time.time():.6f}").open("wb")
+        self._writer = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
+        self._write(session_log=SessionLog(status=SessionLog.START))  # what a reader has of earlier files is void
         values = {key: v if isinstance(v, int | float) else str(v) for key, v in options.items() if v is not None}
-        *start, self._finished = hparams(values, {"average-precision": 0.0})
-        for summary in start:
-            self._writer.file_writer.add_summary(summary)
+        *about, self._finished = summary.hparams(values, {"average-precision": 0.0})
+        for part in about:
+            self._write(summary=part)
         for grid in grids.values():
-            self._writer.file_writer.event_writer.add_event(grid)
+            self._writer.write(grid.SerializeToString())
         retell(run, self)
-        self._writer.flush()
         for file in before:
             file.unlink()
 
@@ -392,21 +396,27 @@ class TensorBoard(Observer):
         at = (task - 1) * self._lengths[phase] + iteration
         with self._trying():
             for name, value in values.items():
-                self._writer.add_scalar(f"{phase}/{name}", value, at)
+                self._write(step=at, summary=self._summary.scalar(f"{phase}/{name}", value))
             if phase == "test" and task == self._tasks:
-                self._writer.add_scalar("average-precision", sum(values.values()) / len(values), at)
-                self._writer.file_writer.add_summary(self._finished)
+                average = sum(values.values()) / len(values)
+                self._write(step=at, summary=self._summary.scalar("average-precision", average))
+                self._write(summary=self._finished)
 
     def images(self, task: int, iteration: int, images: Tensor) -> None:
         at = (task - 1) * self._lengths["generator"] + iteration
         with self._trying():
             if at not in self._drawn:
-                self._writer.add_image("samples", make_grid(images.cpu(), IMAGES_PER_ROW), at)
-                self._writer.flush()  # scalars can be had from the metrics again, grids can't
+                grid = make_grid(images.cpu(), IMAGES_PER_ROW).numpy()
+                self._write(step=at, summary=self._summary.image("samples", grid, dataformats="CHW"))
 
     def close(self) -> None:
         with self._trying():
-            self._writer.close()
+            self._file.close()
+
+    def _write(self, **content: Any) -> None:
+        if not self._failed:
+            self._writer.write(self._event(wall_time=time.time(), **content).SerializeToString())
+            self._file.flush()
 
     @contextlib.contextmanager
     def _trying(self) -> Iterator[None]:

@@ -261,12 +261,12 @@ def test_tensorboard_of_a_resumed_run_has_every_point_once(tmp_path, small_mnist
 
 @needs_tensorboard
 def test_tensorboard_that_cannot_be_written_is_one_warning(tmp_path, small_mnist, monkeypatch, capsys):
-    from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard import RecordWriter
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(SummaryWriter, "add_image", full)
+    monkeypatch.setattr(RecordWriter, "write", full)
     run_here(flags(tmp_path, small_mnist, "--tensorboard"))
     assert capsys.readouterr().err.count("No space left on device; training goes on") == 1
 
