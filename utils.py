@@ -41,6 +41,9 @@ def run_program(main: Callable[[], None]) -> None:
             f"{Path(sys.argv[0]).name}: error: out of memory: try a smaller --batch-size, --solver-channel-size or "
             "--generator-c-channel-size and --generator-g-channel-size, or --precision=bf16"
         )
+    except BrokenPipeError:  # whoever read what is printed has enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:  # a disk that is full, a directory that has gone
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error.filename or 'files'}: {reason(error)}")
     except KeyboardInterrupt:

@@ -6,6 +6,8 @@ import json
 import re
 import shlex
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -140,6 +142,12 @@ def test_dry_run_is_the_list_of_commands(tmp_path, full):
     assert len(names) == 45
 
 
+def test_reader_that_has_enough_is_no_error(tmp_path):
+    command = f"{sys.executable} {ROOT}/run_full_experiments --seeds=0-59 --dry-run | head -1"
+    process = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert process.stdout.count("\n") == 1 and process.stderr == ""
+
+
 def test_nine_runs_have_their_settings(full):
     jobs = [job for experiment in full.NINE_RUNS for job in full.jobs_of(experiment, None, [])]
     assert len(jobs) == 9
@@ -163,6 +171,7 @@ def test_nine_runs_have_their_settings(full):
         (["mnist"], "'mnist'"),
         (["--replay-mode=none"], "--replay-mode"),
         (["permutated-mnist", "--lr=x"], "--lr"),
+        (["--quick", "permutated-mnist"], "before the flags"),
         (["--seeds=4-"], "--seeds"),
         (["--seeds=0-2", "--seed=1"], "--seed"),
         (["--jobs=0"], "--jobs"),
