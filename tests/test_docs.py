@@ -87,8 +87,8 @@ def commands():
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, small_mnist):
-    """A directory with small data of all kinds and a trained scholar, for the commands to run in."""
+def trained_place(tmp_path_factory, small_mnist):
+    """A directory with small data of all kinds and a trained scholar."""
     place = tmp_path_factory.mktemp("place")
     shutil.copytree(small_mnist, place / "datasets")
     images, labels = small_digits(60, seed=1)
@@ -102,6 +102,12 @@ def place(tmp_path_factory, small_mnist):
     with contextlib.chdir(place), contextlib.redirect_stdout(io.StringIO()):
         main.run_training(main.parse(["--train", *TINY]))
     return place
+
+
+@pytest.fixture
+def place(tmp_path, trained_place):
+    """A copy of it for one command: what another has left behind does not matter."""
+    return shutil.copytree(trained_place, tmp_path / "place")
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith(("./main.py", "./visual.py"))])
