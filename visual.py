@@ -469,6 +469,7 @@ class Run:
             with (directory / "metrics.csv").open(newline="") as file:
                 self.rows = list(csv.DictReader(file))
             self.tasks, self.options = self.config["tasks"], self.config["options"]
+            self.tasks = [f"unofficial {title}" if title.lower() in self.unofficial else title for title in self.tasks]
             self.lengths = {phase: self.options.get(f"{phase}_iterations", 1) for phase in ("generator", "solver")}
             self.curves: dict[tuple[str, str], Curve] = {}  # by phase and name
             points: dict[tuple[str, str], list[tuple[int, float]]] = {}
@@ -494,10 +495,14 @@ class Run:
         return self.options["replay_mode"]
 
     @property
+    def unofficial(self) -> list[str]:
+        """The data sets whose files were not the official ones."""
+        return sorted({name.split("/")[0] for name in self.config["data"]["unverified"]})
+
+    @property
     def data_note(self) -> str:
         """A warning for figures if the data were not the official files."""
-        names = sorted({name.split("/")[0] for name in self.config["data"]["unverified"]})
-        return f"not the official files: {', '.join(names)}" if names else ""
+        return f"not the official files: {', '.join(self.unofficial)}" if self.unofficial else ""
 
     @property
     def task_titles(self) -> list[str]:
@@ -592,18 +597,27 @@ def draw_band(axes: Axes, curve: tuple[np.ndarray, np.ndarray, np.ndarray], **st
         axes.fill_between(xs, mean - deviation, mean + deviation, color=style["color"], alpha=0.2, linewidth=0)
 
 
-def draw_task_boundaries(axes: Axes, run: Run, phase: str = "solver") -> None:
-    """A dotted line where each task begins."""
-    for task in range(len(run.tasks)):
-        axes.axvline(task * run.lengths[phase], color="0.6", linestyle=":", linewidth=1, zorder=0)
-    axes.set(xlim=(0, len(run.tasks) * run.lengths[phase]), xlabel=f"{phase} iterations")
+def draw_task_boundaries(axes: Axes, arms: Sequence[Arm], phase: str = "solver") -> None:
+    """A dotted line where each task begins, unless it begins at another place in each arm."""
+    lengths = {arm.first.lengths[phase] for arm in arms}
+    tasks = max(len(arm.first.tasks) for arm in arms)
+    for task in range(tasks if len(lengths) == 1 else 0):
+        axes.axvline(task * max(lengths), color="0.6", linestyle=":", linewidth=1, zorder=0)
+    end = max(len(arm.first.tasks) * arm.first.lengths[phase] for arm in arms)
+    axes.set(xlim=(0, end), xlabel=f"{phase} iterations")
     axes.grid(axis="y", color="0.92")
 
 
-def panels(count: int, title: str, rows: int = 1, height: float = 3.4) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(0.8 + 3.6 * count, height * rows), layout="constrained")
+COLUMNS_OF_PANELS = 4  # what a page has room for
+
+
+def panels(count: int, title: str, height: float = 3.4) -> tuple[Figure, list[Axes]]:
+    """A figure with so many plots, in as few and as even rows as a page allows."""
+    rows = -(-count // COLUMNS_OF_PANELS)
+    columns = -(-count // rows)
+    figure = Figure(figsize=(0.8 + 3.6 * columns, height * rows), layout="constrained")
     figure.suptitle(title, fontsize="medium")
-    return figure, list(figure.subplots(rows, count, squeeze=False).flat)
+    return figure, [figure.add_subplot(rows, columns, number + 1) for number in range(count)]
 
 
 def title_of(runs: Sequence[Run]) -> str:
@@ -611,10 +625,13 @@ def title_of(runs: Sequence[Run]) -> str:
     return " · ".join([", ".join(names), *sorted({run.data_note for run in runs} - {""})])
 
 
-def legend_below(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    width = max(map(len, labels), default=1) * 0.085 + 0.7  # inches an entry takes
-    columns = max(1, int(figure.get_figwidth() / width))
+def legend_below(figure: Figure, all_axes: Sequence[Axes]) -> None:
+    """The legend of all plots, from the one that has most, in a row or as many as it takes."""
+    handles, labels = max((axes.get_legend_handles_labels() for axes in all_axes), key=lambda found: len(found[0]))
+    labels = [textwrap.fill(label, 64) for label in labels]
+    lines = [line for label in labels for line in label.split("\n")]
+    columns = max(1, int(figure.get_figwidth() / (max(map(len, lines), default=1) * 0.085 + 0.7)))  # inches
+    figure.set_figheight(figure.get_figheight() + 0.16 * max(0, len(lines) / columns - 1))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, handlelength=3)
 
 
@@ -625,11 +642,12 @@ def precision_figure(arms: Sequence[Arm]) -> Figure:
         for task, title in enumerate(arm.first.task_titles, start=1):
             curve = arm.curve(lambda run, task=task: run.precision(task))
             draw_band(axes, curve, color=task_colour(task), linestyle=task_dash(task), label=title)
-        draw_task_boundaries(axes, arm.first)
-        axes.set(title="\n".join(textwrap.wrap(arm.label, 38)), ylabel="precision", ylim=(0, 1.01))
+        draw_task_boundaries(axes, [arm])
+        axes.set(title=textwrap.fill(arm.label, 38), ylabel="precision", ylim=(0, 1.01))
         axes.title.set_fontsize("medium")
-        axes.label_outer()
-    legend_below(figure, all_axes[0])
+        if not axes.get_subplotspec().is_first_col():
+            axes.set(ylabel="", yticklabels=[])
+    legend_below(figure, all_axes)
     return figure
 
 
@@ -656,9 +674,9 @@ def average_figure(arms: Sequence[Arm]) -> Figure:
     figure.set_figwidth(6.4)
     for arm, style in zip(arms, arm_styles(arms), strict=True):
         draw_band(axes, arm.curve(Run.average_precision), **style)
-    draw_task_boundaries(axes, arms[0].first)
+    draw_task_boundaries(axes, arms)
     axes.set(ylabel="average precision on the tasks so far", ylim=(0, 1.01))
-    legend_below(figure, axes)
+    legend_below(figure, [axes])
     return figure
 
 
@@ -677,11 +695,11 @@ def matrix_figure(arms: Sequence[Arm]) -> Figure | None:
                 axes.text(column, row, f"{value:.2f}".lstrip("0"), ha="center", va="center", color=dark)
         ticks = range(len(matrix))
         names = [number + 1 for number in ticks]
-        axes.set(title="\n".join(textwrap.wrap(arm.label, 38)), xlabel="precision on task", ylabel="after task")
+        axes.set(title=textwrap.fill(arm.label, 38), xlabel="precision on task", ylabel="after task")
         axes.title.set_fontsize("medium")
         axes.set_xticks(ticks, names)
         axes.set_yticks(ticks, names)
-    figure.colorbar(image, ax=all_axes, shrink=0.8, label="precision")
+    figure.colorbar(image, ax=all_axes, shrink=0.8, aspect=20 * all_axes[0].get_gridspec().nrows, label="precision")
     return figure
 
 
@@ -695,9 +713,9 @@ def loss_figure(arms: Sequence[Arm]) -> Figure | None:
         for arm, style in zip(arms, arm_styles(arms), strict=True):
             if all((phase, name) in run.curves for run in arm.runs):
                 draw_band(axes, arm.curve(lambda run, key=(phase, name): run.curves[key]), **style)
-        draw_task_boundaries(axes, arms[0].first, phase)
+        draw_task_boundaries(axes, [arm for arm in arms if (phase, name) in arm.first.curves], phase)
         axes.set(ylabel=f"{phase} {name}" if name == "loss" else name.replace("-", " "))
-    legend_below(figure, max(all_axes, key=lambda axes: len(axes.get_legend_handles_labels()[0])))
+    legend_below(figure, all_axes)
     return figure
 
 
