@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 # Options of main.py that say how a run is made, and not what it learns: --resume may change them.
@@ -191,7 +190,3 @@ def commit() -> str | None:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def number_of_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())

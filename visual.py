@@ -197,8 +197,7 @@ class LivePlots(Observer):
 
     def __init__(self, run: "Run", server: str, port: int):
         self.image_interval = run.config["options"]["image_log_interval"]
-        self._lengths = {phase: run.config["options"][f"{phase}_iterations"] for phase in ("generator", "solver")}
-        self._titles = [f"task {number}: {title}" for number, title in enumerate(run.tasks, start=1)]
+        self._lengths, self._titles = run.lengths, run.task_titles
         self._address = f"{server}:{port}"
         self._connection = {"server": server, "port": port, "env": run.config["name"].replace("_", "-")}
         self._begun = dict.fromkeys(self._lengths, 1)  # tasks, for each phase
@@ -284,16 +283,6 @@ class LivePlots(Observer):
         opts["layoutopts"] = {"plotly": {"shapes": shapes, "annotations": labels, "legend": legend}}
         # A single column would be taken for several points of one curve.
         return {"X": np.array(x), "Y": y if y.shape[1] > 1 else y[:, 0], "opts": opts}
-
-    def _boundaries(self, phase: str, begun: int) -> dict[str, Any]:
-        """A dotted line where each task so far begins, with its number, for plotly."""
-        at = {task: (task - 1) * self._lengths[phase] for task in range(1, begun + 1)}
-        line = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "line": {"dash": "dot", "color": "#999", "width": 1}}
-        text = {"yref": "paper", "y": 1, "yanchor": "bottom", "xanchor": "left", "showarrow": False}
-        return {
-            "shapes": [line | {"x0": x, "x1": x} for x in at.values()],
-            "annotations": [text | {"x": x, "text": f"task {task}"} for task, x in at.items()],
-        }
 
     def _show(self, window: str, method: str, **arguments: Any) -> None:
         with self._changed:
@@ -854,10 +843,9 @@ th { border-bottom: 2px solid #222 } td { border-bottom: 1px solid #ccc; font-va
 img { max-width: 100%; margin: .5rem 0 } pre { background: #f4f4f4; padding: .8rem; overflow-x: auto }
 """
 
-
 REMARK = (
-    "Mean ± standard deviation over seeds. Average precision and forgetting: whole test sets after the last task. "
-    "Published numbers are read off figures and of the sizes published: compare them with runs of full size alone."
+    "Mean ± standard deviation over seeds. Average precision and forgetting: on whole test sets, after the last task. "
+    "Published numbers are read off figures, and of full size: compare them with runs of full size alone."
 )
 
 
@@ -865,10 +853,7 @@ def write_report(runs: Sequence[Run], path: Path) -> None:
     """One HTML page that needs no other file: the table, the figures, and every run's command, place and time."""
     rows = [cells(arm) for arms in arms_of(runs).values() for arm in arms]
     parts = ["<h1>Deep generative replay</h1>", html_table(rows)]
-    parts.append(
-        "<p>Means ± standard deviations over seeds; average precision and forgetting on whole test sets after "
-    )
-    parts.append("the last task; published numbers read off figures, at the sizes published with them.</p>")
+    parts.append(f"<p>{REMARK}</p>")
     with tempfile.TemporaryDirectory() as directory:
         for experiment, pictures in save_figures(runs, Path(directory)).items():
             parts.append(f"<h2>{html.escape(experiment)}</h2>")
