@@ -483,7 +483,8 @@ def train_scholar(options: argparse.Namespace, name: str, tasks: list[data.Task]
             )
             if start is not None:
                 training.load_state_dict(start["training"])
-                print(f"{name} goes on at task {training.task}, {training.done} iterations done")
+                done = ", ".join(f"{phase} {count}" for phase, count in training.done.items())
+                print(f"{name} goes on at task {training.task}; iterations done: {done}")
             matrix = training.run()
         summary = files.write_summary(
             matrix, experiment=options.experiment, replay_mode=options.replay_mode, seed=options.seed
