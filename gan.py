@@ -65,7 +65,7 @@ class Convolution(nn.Conv2d):
             shape = (len(x), height, width, k, k * self.in_channels)
             patches = x.as_strided(shape, (image, row * stride, column * stride, row, 1))
             weight = self.weight.permute(0, 2, 3, 1).flatten(1)
-        y = F.linear(patches.reshape(places, -1), weight, self.bias)  # (places, out_channels)
+        y = F.linear(patches.reshape(places, weight.shape[1]), weight, self.bias)  # (places, out_channels)
         return y.view(len(x), height, width, -1).permute(0, 3, 1, 2)
 
 

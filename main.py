@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,12 +71,6 @@ ARCHITECTURE = [
 # ----------------------------------------------------------------------------------------------------- options
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line on standard error instead of argparse's usage and error."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; see --help\n")
-
-
 def integer(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
@@ -121,8 +115,8 @@ def task_source(text: str) -> str:
     return text
 
 
-def make_parser() -> Parser:
-    parser = Parser(
+def make_parser() -> utils.Parser:
+    parser = utils.Parser(
         prog="main.py",
         description="Continual learning with deep generative replay (Shin et al. 2017).",
         allow_abbrev=False,
@@ -341,13 +335,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if options.tasks:
         stems = [re.sub(r"[^A-Za-z0-9_.-]", "_", Path(task).stem).lstrip(".") or "task" for task in options.tasks]
         options.experiment = "+".join(stems)[:100]
+        if options.experiment in data.EXPERIMENTS:  # whose name says more than where the images are from
+            options.experiment = f"own-{options.experiment}"
     for directory in written:
         if problem := utils.not_writable(getattr(options, directory)):
             parser.error(f"argument {flag(directory)}: {problem}")
     return options
 
 
-def check_replay(parser: Parser, options: argparse.Namespace) -> None:
+def check_replay(parser: utils.Parser, options: argparse.Namespace) -> None:
     """Refuse what can't be combined, and fill in the targets that are the mode's own."""
     kinds = dgr.REPLAY_MODES[options.replay_mode].target_kinds
     if options.replay_targets and options.replay_targets not in kinds:
@@ -431,8 +427,7 @@ def train_scholar(options: argparse.Namespace, name: str, tasks: list[data.Task]
 
     start = read_state(state_file, config) if options.resume else None
     if start is None:
-        for path, aside in utils.set_aside([results, scholar_file, state_file, models.previous(state_file)]):
-            print(f"{path} of an earlier run is kept as {aside}")
+        set_aside(options)
     files = train.RunFiles(results, config, start and start["files"])
     observers: list[visual.Observer] = [
         files,
@@ -441,13 +436,14 @@ def train_scholar(options: argparse.Namespace, name: str, tasks: list[data.Task]
     ]
     if options.sample_log:
         observers.append(visual.SampleLog(options.sample_dir / name, options.sample_log_interval))
-    if not options.no_visdom:
-        observers.append(visual.LivePlots(visual.Run(results), options.visdom_server, options.visdom_port))
-    if options.tensorboard:
-        observers.append(visual.TensorBoard(visual.Run(results)))
+    try:
+        if not options.no_visdom:
+            observers.append(visual.LivePlots(visual.Run(results), options.visdom_server, options.visdom_port))
+        if options.tensorboard:
+            observers.append(visual.TensorBoard(visual.Run(results)))
+    except UserError as error:  # on a full disk, where training goes on
+        utils.warn(f"no live plots: {error}")
 
-    # The same noise for every grid, from a stream of its own: looking does not change what is learned.
-    noise = fixed_noise(options, device)
     about = {"image_channels": image_channels, "classes": classes, "options": plain(vars(options))}
 
     def save_scholar(scholar: dgr.Scholar, tasks_learned: int) -> None:
@@ -476,7 +472,7 @@ def train_scholar(options: argparse.Namespace, name: str, tasks: list[data.Task]
                 tasks,
                 schedule,
                 observers=observers,
-                sample=lambda scholar: scholar.generator.sample(options.sample_size, noise),
+                sample=lambda scholar: sample_grid(scholar.generator, options),
                 save_scholar=save_scholar,
                 save_state=save_state,
                 stop_requested=stop_requested,
@@ -503,9 +499,28 @@ UNFINISHED = ".unfinished"
 
 
 def is_finished(results: Path, scholar_file: Path) -> bool:
-    """Whether a run has left everything, and nothing to resume."""
+    """Whether a run has left everything, to be read, and nothing to resume."""
     unfinished = scholar_file.with_name(f"{scholar_file.name}{UNFINISHED}")
-    return (results / "summary.json").exists() and scholar_file.exists() and not unfinished.exists()
+    try:
+        return bool(visual.Run(results).summary) and scholar_file.exists() and not unfinished.exists()
+    except UserError:
+        return False
+
+
+def set_aside(options: argparse.Namespace) -> None:
+    """Give the files of an earlier run of this name another one, and say so."""
+    name = run_name(options)
+    scholar_file = options.checkpoint_dir / name
+    state_file = options.checkpoint_dir / f"{name}{UNFINISHED}"
+    files = [
+        options.result_dir / name,
+        scholar_file,
+        state_file,
+        models.previous(state_file),
+        options.sample_dir / name,
+    ]
+    for path, aside in utils.set_aside(files):
+        print(f"{path} of an earlier run is kept as {aside}")
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], keys: Iterable[str]) -> str:
@@ -548,10 +563,14 @@ def read_state(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def fixed_noise(options: argparse.Namespace, device: torch.device) -> torch.Tensor:
-    """The noise that sample grids are drawn from: the same on every machine and device."""
+def sample_grid(generator: dgr.Generator, options: argparse.Namespace) -> torch.Tensor:
+    """Images (n, channels, 32, 32) from noise that is the same every time, and on every machine and device.
+
+    It has a random stream of its own: looking does not change what is learned.
+    """
     random = torch.Generator().manual_seed(options.seed)
-    return torch.randn(options.sample_size, options.generator_z_size, generator=random).to(device)
+    z = torch.randn(options.sample_size, generator.z_size, generator=random)
+    return generator.sample(options.sample_size, z.to(next(generator.parameters()).device))
 
 
 def plain(options: dict[str, Any]) -> dict[str, Any]:
@@ -566,7 +585,7 @@ def describe_run(
     return {
         "name": name,
         "command": sys.argv,
-        "options": plain(vars(options)),
+        "options": plain(vars(options) | {"sample_dir": options.sample_dir.resolve()}),
         "tasks": [task.name for task in tasks],
         "data": {"checksums": library.checksums, "unverified": library.unverified},
         "device": utils.device_name(library.device),
@@ -618,7 +637,7 @@ def run_test(options: argparse.Namespace) -> None:
     models.restore_scholar(path, scholar, checkpoint)
     scholar.to(device)
     samples = options.sample_dir / f"{name}-sample.jpg"
-    visual.save_samples(scholar.generator.sample(options.sample_size, fixed_noise(options, device)), samples)
+    visual.save_samples(sample_grid(scholar.generator, options), samples)
     print(f"samples: {samples}")
 
 

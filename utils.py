@@ -1,5 +1,6 @@
 """What has no better home: errors that speak to the user, files that are never half written, where to compute."""
 
+import argparse
 import contextlib
 import fcntl
 import os
@@ -10,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import torch
 from tqdm import tqdm
@@ -23,12 +24,20 @@ FREE_TO_CHANGE = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line on standard error, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; see --help\n")
+
+
 class UserError(Exception):
     """Something a user can put right. The message is one line: what is wrong, where, and what to do."""
 
 
 def run_program(main: Callable[[], None]) -> None:
     """Run a script's main function; what a user can put right ends in one line on standard error and exit status 1."""
+    sys.stdout.reconfigure(errors="replace")  # for a terminal that has no ±
     try:
         main()
     except UserError as error:
@@ -71,7 +80,7 @@ def atomic_write(path: Path, mode: str = "w", keep_as: Path | None = None) -> It
     temporary = path.with_name(f".{path.name}.part")
     try:
         try:
-            with temporary.open(mode) as file:
+            with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

@@ -9,7 +9,6 @@ What is drawn after a run needs only its files:
     ./visual.py results/A --visdom                               what live plots would have shown, on a visdom server
 """
 
-import argparse
 import base64
 import contextlib
 import csv
@@ -17,6 +16,7 @@ import html
 import itertools
 import json
 import logging
+import re
 import shlex
 import sys
 import tempfile
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import rc_context, rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
@@ -38,7 +38,9 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from utils import FREE_TO_CHANGE, UserError, atomic_write, reason, run_program, warn
+from utils import FREE_TO_CHANGE, Parser, UserError, atomic_write, reason, run_program, warn
+
+rcParams["text.parse_math"] = False  # titles hold names of files, and those may have dollars
 
 # One colour per task in every figure (Okabe and Ito's, which the colour-blind can tell apart), repeated after seven,
 # and in those from files one dash pattern, for prints in grey.
@@ -199,7 +201,7 @@ class LivePlots(Observer):
         self.image_interval = run.config["options"]["image_log_interval"]
         self._lengths, self._titles = run.lengths, run.task_titles
         self._address = f"{server}:{port}"
-        self._connection = {"server": server, "port": port, "env": run.config["name"].replace("_", "-")}
+        self._connection = {"server": server, "port": port, "env": run.environment}
         self._begun = dict.fromkeys(self._lengths, 1)  # tasks, for each phase
         self._curves: dict[str, dict[int, tuple[list[float], list[float]]]] = {"precision": {1: ([], [])}}
         self._pending: dict[str, tuple[str, dict[str, Any]]] = {}
@@ -207,7 +209,7 @@ class LivePlots(Observer):
         self._closing = self._warned = self._down = self._cleared = False
         self._show("precision", "line", **self._line("precision", "solver"))  # the first window
         retell(run, self)
-        if (run.directory / SAMPLES).exists():
+        with contextlib.suppress(OSError):  # no picture, or not a whole one
             pixels = np.asarray(Image.open(run.directory / SAMPLES))
             opts = {"title": f"samples of {run.config['name']}"} | SAMPLES_WINDOW
             self._show("samples", "image", img=pixels.transpose(2, 0, 1), opts=opts)
@@ -444,6 +446,7 @@ MODES = ["none", "noise-replay", "exact-replay", "generative-replay"]
 # What the runs of one arm may differ in.
 WITHIN_AN_ARM = FREE_TO_CHANGE | {"seed", "test_size", "sample_size", "sample_log"}
 WITHIN_AN_ARM |= {f"{kind}_log_interval" for kind in ("sample", "image", "eval", "loss")}
+SUMMARY_KEYS = ("precision", "average_precision", "forgetting", "seconds")
 Curve = tuple[np.ndarray, np.ndarray]  # iterations since the start of the run, and values
 
 
@@ -455,10 +458,14 @@ class Run:
             self.config = json.loads((directory / "config.json").read_text())
             summary = directory / "summary.json"
             self.summary = json.loads(summary.read_text()) if summary.exists() else None
+            for key in SUMMARY_KEYS if self.summary is not None else ():
+                self.summary[key]
             with (directory / "metrics.csv").open(newline="") as file:
                 self.rows = list(csv.DictReader(file))
             self.tasks, self.options = self.config["tasks"], self.config["options"]
             self.tasks = [f"unofficial {title}" if title.lower() in self.unofficial else title for title in self.tasks]
+            self.name, self.seed = self.config["name"], self.options["seed"]
+            self.experiment, self.replay_mode = self.options["experiment"], self.options["replay_mode"]
             self.lengths = {phase: self.options.get(f"{phase}_iterations", 1) for phase in ("generator", "solver")}
             self.curves: dict[tuple[str, str], Curve] = {}  # by phase and name
             points: dict[tuple[str, str], list[tuple[int, float]]] = {}
@@ -476,12 +483,9 @@ class Run:
             raise UserError(f"{directory}: not the files of a run ({type(error).__name__}: {reason(error)})") from error
 
     @property
-    def experiment(self) -> str:
-        return self.options["experiment"]
-
-    @property
-    def replay_mode(self) -> str:
-        return self.options["replay_mode"]
+    def environment(self) -> str:
+        """The name of its environment on a visdom server: its own name, and its seed if that is not 0."""
+        return self.name.replace("_", "-") + (f"-seed-{self.seed}" if self.seed else "")
 
     @property
     def unofficial(self) -> list[str]:
@@ -512,33 +516,49 @@ class Run:
     def kept_samples(self) -> dict[tuple[int, int], Path]:
         """The pictures of `--sample-log` by task and iteration, in their order."""
         kept = self.directory / SAMPLE_LOG
-        kept = kept if kept.is_dir() else Path(self.options["sample_dir"]) / self.config["name"]
+        kept = kept if kept.is_dir() else Path(self.options["sample_dir"]) / self.name
         found = {}
-        for path in kept.glob("task-*-iteration-*.jpg"):
-            numbers = tuple(int(word) for word in path.stem.split("-")[1::2])
-            if numbers[0] <= len(self.tasks) and numbers[1] <= self.lengths["generator"]:
-                found[numbers] = path
+        for path in kept.glob("*.jpg"):
+            if numbers := re.fullmatch(r"task-(\d+)-iteration-(\d+)", path.stem):
+                task, iteration = map(int, numbers.groups())
+                if task <= len(self.tasks) and iteration <= self.lengths["generator"]:
+                    found[task, iteration] = path
         return dict(sorted(found.items()))
 
 
 def find_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs in these directories and below, in the order of the paper; not those that a later run set aside."""
-    runs = []
+    """The runs in these directories and below, in the order of the paper; not those that a later run set aside.
+
+    What is below a directory and can't be read is left out with a warning.
+    """
+    runs: dict[Path, Run] = {}
     for path in paths:
-        inside = sorted(file.parent for file in path.rglob("config.json") if (file.parent / "metrics.csv").exists())
-        found = [Run(directory) for directory in inside or [path]]
-        runs += [run for run in found if not run.directory.name.startswith(f"{run.config['name']}.")] or found[:1]
+        found = []
+        for file in sorted(path.rglob("config.json")):
+            try:
+                found.append(Run(file.parent))
+            except UserError as error:
+                warn(str(error))
+        found = found or [Run(path)]
+        newest = [run for run in found if not run.directory.name.startswith(f"{run.name}.")]
+        runs |= {run.directory.resolve(): run for run in newest or found[:1]}
     place = {name: number for number, name in enumerate([*EXPERIMENTS, *MODES])}
-    return sorted(runs, key=lambda run: (place.get(run.experiment, 99), place[run.replay_mode], run.config["name"]))
+    return sorted(
+        runs.values(), key=lambda run: (place.get(run.experiment, 99), place.get(run.replay_mode, 99), run.name)
+    )
 
 
 class Arm:
-    """Runs that differ in nothing but the seed; `label` says how they differ from the other arms."""
+    """Runs that differ in nothing but the seed; `label` says how they differ from the other arms.
+
+    What they came to is taken from those that are `finished`; if none is, curves go as far as all have come.
+    """
 
     def __init__(self, runs: list[Run]):
         self.runs, self.first = runs, runs[0]
         self.label = self.first.replay_mode
         self.finished = [run for run in runs if run.summary]
+        self.shown = self.finished or runs
 
     def matrix(self) -> np.ndarray:
         """Mean over seeds of the precision matrix; NaN where nothing was measured."""
@@ -546,23 +566,26 @@ class Arm:
 
     def curve(self, of: Callable[[Run], Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Iterations, mean and standard deviation over seeds, at the iterations that all runs have measured."""
-        curves = [dict(zip(*of(run), strict=True)) for run in self.runs]
+        curves = [dict(zip(*of(run), strict=True)) for run in self.shown]
         xs = sorted(set.intersection(*(set(curve) for curve in curves)))
         ys = np.array([[curve[x] for x in xs] for curve in curves])
         return np.array(xs), ys.mean(axis=0), ys.std(axis=0, ddof=min(1, len(ys) - 1))
 
 
 def arms_of(runs: Sequence[Run]) -> dict[str, list[Arm]]:
-    """The arms of each experiment."""
-    same: dict[str, list[Run]] = {}
+    """The arms of each experiment. Of two runs that are the same, seed included, the first counts."""
+    same: dict[str, dict[int, Run]] = {}
     for run in runs:
         learned = {key: value for key, value in run.options.items() if key not in WITHIN_AN_ARM}
-        same.setdefault(json.dumps(learned, sort_keys=True), []).append(run)
+        alike = same.setdefault(json.dumps(learned, sort_keys=True), {})
+        if alike.setdefault(run.seed, run) is not run:
+            warn(f"{run.directory} is left out: it is the same run as {alike[run.seed].directory}")
     experiments: dict[str, list[Arm]] = {}
-    for alike in same.values():
-        experiments.setdefault(alike[0].experiment, []).append(Arm(alike))
+    for by_seed in same.values():
+        arm = Arm(list(by_seed.values()))
+        experiments.setdefault(arm.first.experiment, []).append(arm)
     for arms in experiments.values():
-        for mode in MODES:
+        for mode in {arm.first.replay_mode for arm in arms}:
             label_rivals([arm for arm in arms if arm.first.replay_mode == mode])
     return experiments
 
@@ -570,12 +593,14 @@ def arms_of(runs: Sequence[Run]) -> dict[str, list[Arm]]:
 def label_rivals(arms: Sequence[Arm]) -> None:
     """Say of arms of one replay mode what is not as in most of them; targets other than those imply a temperature."""
     for arm in arms:
-        unusual = []
+        unusual = {}
         for key, value in arm.first.options.items():
             values = [rival.first.options.get(key) for rival in arms]
-            if key not in WITHIN_AN_ARM | {"temperature"} and value != max(values, key=values.count):
-                unusual.append(f"{key.replace('_', ' ')} {value}")
-        arm.label += f" ({', '.join(unusual)})" if unusual else ""
+            if key not in WITHIN_AN_ARM and value != max(values, key=values.count):
+                unusual[key] = f"{key.replace('_', ' ')} {value}"
+        if "replay_targets" in unusual:
+            unusual.pop("temperature", None)
+        arm.label += f" ({', '.join(unusual.values())})" if unusual else ""
 
 
 def draw_band(axes: Axes, curve: tuple[np.ndarray, np.ndarray, np.ndarray], **style: Any) -> None:
@@ -646,12 +671,15 @@ ARM_COLOURS = ["#882255", "#999933", "#117733", "#332288", "#88CCEE", "#CC6677",
 
 def arm_styles(arms: Sequence[Arm]) -> list[dict[str, Any]]:
     """Colour, dash pattern and label of each arm; the first of each replay mode has the mode's in every figure."""
-    styles, further = [], len(MODES)
-    for number, arm in enumerate(arms):
-        at = MODES.index(arm.first.replay_mode)
-        if any(other.first.replay_mode == arm.first.replay_mode for other in arms[:number]):
+    styles, further, left = [], len(MODES), list(MODES)
+    for arm in arms:
+        mode = arm.first.replay_mode
+        if mode in left:
+            at = MODES.index(mode)
+            left.remove(mode)
+        else:
             at, further = further, further + 1
-        seeds = f", {len(arm.runs)} seeds" if len(arm.runs) > 1 else ""
+        seeds = f", {len(arm.shown)} seeds" if len(arm.shown) > 1 else ""
         colour, dash = ARM_COLOURS[at % len(ARM_COLOURS)], task_dash(len(MODES) - at if at < len(MODES) else at + 1)
         styles.append({"color": colour, "linestyle": dash, "label": arm.label + seeds})
     return styles
@@ -700,7 +728,7 @@ def loss_figure(arms: Sequence[Arm]) -> Figure | None:
     figure, all_axes = panels(len(keys), title_of([arm.first for arm in arms]))
     for axes, (phase, name) in zip(all_axes, keys, strict=True):
         for arm, style in zip(arms, arm_styles(arms), strict=True):
-            if all((phase, name) in run.curves for run in arm.runs):
+            if all((phase, name) in run.curves for run in arm.shown):
                 draw_band(axes, arm.curve(lambda run, key=(phase, name): run.curves[key]), **style)
         draw_task_boundaries(axes, [arm for arm in arms if (phase, name) in arm.first.curves], phase)
         axes.set(ylabel=f"{phase} {name}" if name == "loss" else name.replace("-", " "))
@@ -713,17 +741,19 @@ def samples_figure(arms: Sequence[Arm]) -> Figure | None:
     shown = [(arm, samples) for arm in arms if (samples := arm.first.kept_samples())]
     if not shown:
         return None
-    tasks = len(shown[0][0].first.tasks)
+    tasks = max(len(arm.first.tasks) for arm, _ in shown)
     figure = Figure(figsize=(0.4 + 2.2 * tasks, 0.6 + 2.4 * len(shown)), layout="constrained")
     figure.suptitle(f"{title_of([arm.first for arm, _ in shown])}: samples after each task", fontsize="medium")
     for axes_row, (arm, samples) in zip(figure.subplots(len(shown), tasks, squeeze=False), shown, strict=True):
-        last = {task: path for (task, _), path in samples.items()}
+        last = {task: path for (task, _), path in samples.items()}  # the latest, because they are sorted
         axes_row[0].set_ylabel(arm.label)
         for task, axes in enumerate(axes_row, start=1):
             axes.set(xticks=[], yticks=[], title=f"after task {task}")
             axes.title.set_fontsize("medium")
             if task in last:
                 axes.imshow(np.asarray(Image.open(last[task])))
+            elif task > len(arm.first.tasks):
+                axes.axis("off")
     return figure
 
 
@@ -738,9 +768,10 @@ def save_animation(arms: Sequence[Arm], path: Path) -> bool:
         return False
     every = -(-len(moments) // FRAMES)
     frames = []
-    for task, iteration in moments[::every]:
+    for task, iteration in moments[::-every][::-1]:  # the last one is among them
         grids = [Image.open(samples[task, iteration]).convert("RGB") for _, samples in shown]
-        frame = Image.new("RGB", (sum(grid.width + 8 for grid in grids), grids[0].height + 34), "white")
+        size = sum(grid.width + 8 for grid in grids), max(grid.height for grid in grids) + 34
+        frame = Image.new("RGB", size, "white")
         text, left = ImageDraw.Draw(frame), 4
         for grid, (arm, _) in zip(grids, shown, strict=True):
             text.text((left, 2), arm.label, fill="black")
@@ -816,7 +847,7 @@ def cells(arm: Arm) -> dict[str, str]:
     """An arm as a row of a table, by `COLUMNS`."""
     note = f" ({arm.first.data_note})" if arm.first.data_note else ""
     unfinished = len(arm.runs) - len(arm.finished)
-    seeds = ", ".join(str(run.options["seed"]) for run in arm.finished)
+    seeds = ", ".join(str(run.seed) for run in arm.finished)
     values = [arm.first.experiment + note, arm.label, seeds + (f" ({unfinished} not finished)" if unfinished else "")]
     for key, digits in (("average_precision", 3), ("forgetting", 3), ("seconds", 0)):
         values.append(spread([run.summary[key] for run in arm.finished], digits))
@@ -894,7 +925,7 @@ def play_back(run: Run, server: str, port: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Print the table of runs, draw them, write a report on them, or show them on visdom.",
         allow_abbrev=False,
     )

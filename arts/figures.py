@@ -7,7 +7,6 @@
 README.md holds the tables between `<!-- results -->` and `<!-- end of results -->`.
 """
 
-import argparse
 import csv
 import re
 import shutil
@@ -21,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 import main  # noqa: E402
 import train  # noqa: E402
 import visual  # noqa: E402
-from utils import UserError, atomic_write, run_program  # noqa: E402
+from utils import Parser, UserError, atomic_write, run_program  # noqa: E402
 
 RUNS = ARTS / "runs"
 README = ROOT / "README.md"
@@ -37,7 +36,11 @@ def keep(directory: Path, suffix: str = "") -> Path:
     run = visual.Run(directory)
     if run.summary is None:
         raise UserError(f"{directory} is not finished")
-    target = RUNS / f"{run.config['name']}{size_of(run)}-seed{run.summary['seed']}{suffix}"
+    if run.options["tasks"]:
+        raise UserError(f"{directory} has tasks of its own, and no experiment of the README")
+    target = RUNS / f"{run.name}{size_of(run)}-seed{run.seed}{suffix}"
+    if target.exists() and target.samefile(directory):
+        return target
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     kept_samples = run.kept_samples()
@@ -84,11 +87,10 @@ def flags_of(run: visual.Run) -> list[str]:
     flags = ["--quick"] * run.options["quick"]
     flags += [f"--experiment={run.experiment}", f"--replay-mode={run.replay_mode}"]
     usual = vars(main.parse(["--train", *flags]))
-    if run.options["tasks"] is None:
-        kept = [key for key, value in run.options.items() if value != usual[key] and key not in visual.WITHIN_AN_ARM]
-        if "replay_targets" in kept and "temperature" in kept:  # one follows from the other
-            kept.remove("temperature")
-        flags += [f"--{key.replace('_', '-')}={run.options[key]}" for key in kept]
+    kept = [key for key, value in run.options.items() if value != usual[key] and key not in visual.WITHIN_AN_ARM]
+    if "replay_targets" in kept and "temperature" in kept:  # one follows from the other
+        kept.remove("temperature")
+    flags += [f"--{key.replace('_', '-')}={run.options[key]}" for key in kept]
     return flags
 
 
@@ -171,7 +173,7 @@ def rel(path: Path) -> str:
 
 
 def run() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--keep", nargs="+", type=Path, metavar="RUN", default=[], help="runs to keep in arts/runs")
     parser.add_argument("--suffix", default="", metavar="TEXT", help="ends their names, where other flags were chosen")
     options = parser.parse_args()

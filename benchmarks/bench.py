@@ -292,11 +292,15 @@ def measure(options: argparse.Namespace, repetitions: int) -> list[dict[str, Any
 
 
 def run() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = utils.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--output", type=Path, default=Path("results/bench.json"), help="(default: %(default)s)")
-    parser.add_argument("--repetitions", type=int, default=7, metavar="N", help="of each way (default: %(default)s)")
+    parser.add_argument(
+        "--repetitions", type=main.integer(1), default=7, metavar="N", help="of each way (default: %(default)s)"
+    )
     here, flags = parser.parse_known_args()
     options = main.parse(["--train", *flags])
+    if options.generator != "wgan":
+        parser.error(f"argument --generator: there is no plain way of {options.generator} to compare with")
     device = utils.choose_device(gpus=not options.no_gpus)
     print(f"{utils.device_name(device)}, torch {torch.__version__}, commit {utils.commit()}")
     print(f"{'':<24} {'ours':>13} {'plain':>13} {'ratio':>9}")

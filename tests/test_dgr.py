@@ -403,30 +403,3 @@ def test_vae_loss_is_the_negative_evidence_lower_bound():
     losses = vae.update(lambda: x)
     torch.testing.assert_close(losses["reconstruction"], -likelihood.detach())
     torch.testing.assert_close(losses["divergence"], divergence.detach())
-
-
-def test_a_generator_of_ones_own_is_one_class_and_one_name(monkeypatch):
-    """The README's ten lines."""
-
-    class Mean(dgr.Generator):
-        """Remembers the mean image."""
-
-        def __init__(self, image_channels, options):
-            net = nn.Sequential(nn.Linear(2, image_channels * 1024), nn.Sigmoid(), nn.Unflatten(1, (-1, 32, 32)))
-            super().__init__(net, z_size=2)  # from noise (n, 2) to images (n, channels, 32, 32) in [0, 1]
-            self.optimiser = options.optimiser(self.net)
-
-        def update(self, inputs):
-            loss = (self.net(self.noise(8)) - inputs().mean(dim=0)).square().sum()
-            models.step(self.optimiser, loss)
-            return {"loss": loss.detach()}
-
-    monkeypatch.setitem(models.GENERATORS, "mean", Mean)
-    scholar = models.make_scholar(3, 10, replace(SMALL, generator="mean", lr=0.01))
-    source = Constant(0.9, 1)
-    source.sample = lambda n: (torch.full((n, 3, 32, 32), 0.9), torch.ones(n))
-    for _ in dgr.learn_generator(scholar.generator, source, None, r=1.0, iterations=400, batch_size=4):
-        pass
-    x, y = generative_replay(scholar).sample(5)
-    assert x.shape == (5, 3, 32, 32) and y.shape == (5,)
-    assert x.mean().item() == pytest.approx(0.9, abs=0.1)

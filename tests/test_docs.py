@@ -14,8 +14,12 @@ import numpy as np
 import pytest
 import scipy.io
 from conftest import ROOT, TINY, run, small_digits
+from PIL import Image
+from torch import nn
 
+import dgr
 import main
+import models
 import visual
 
 README = (ROOT / "README.md").read_text()
@@ -128,6 +132,23 @@ def test_command_of_the_readme_runs(command, place, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["main.py", *arguments, *TINY, "--data-dir=datasets"])
         main.main()
     assert capsys.readouterr().out
+
+
+def test_generator_of_the_readme_learns_and_replays(place, monkeypatch, capsys):
+    """The class as it stands there, trained by main.py; with two pictures, as bright as the mean of its images."""
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    defined = {"dgr": dgr, "nn": nn, "step": models.step}
+    exec(code, defined)
+    monkeypatch.setitem(models.GENERATORS, "mean", defined["Mean"])
+    monkeypatch.chdir(place)
+    images = np.full((60, 28, 28), 200, dtype=np.uint8)
+    np.savez("grey.npz", x_train=images, y_train=np.zeros(60, int), x_test=images, y_test=np.zeros(60, int))
+    flags = ["--tasks", "grey.npz", "grey.npz", "--generator=mean", *TINY, "--generator-iterations=150", "--lr=0.03"]
+    main.run_training(main.parse(["--train", *flags, "--image-log-interval=50"]))
+    main.run_test(main.parse(["--test", *flags]))
+    with Image.open("samples/grey+grey-generative-replay-r0.3-mean-sample.jpg") as picture:
+        drawn = np.asarray(picture)[2:34, 2:34]
+    assert drawn[8:24, 8:24].mean() == pytest.approx(200, abs=10)
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("./run_full_experiments")])

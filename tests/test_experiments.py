@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
+import test_resume
 from conftest import ROOT, TINY, assert_one_line_error, run, start, write_small_mnist
 
 import main
@@ -189,6 +191,39 @@ def test_no_ray_is_one_line(tmp_path, small_mnist):
     assert_one_line_error(process, 1, "requirements-cluster.txt")
 
 
+def test_a_worker_goes_on_and_sends_what_is_new_and_what_is_gone(full, tmp_path, small_mnist, monkeypatch):
+    """From the unfinished state at home to a finished run there, without the state."""
+    monkeypatch.setattr("sys.argv", sys.argv)  # which the worker sets
+    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(get=lambda result: result))
+    home = full.Gather()
+    gather = types.SimpleNamespace(
+        files=types.SimpleNamespace(remote=home.files), put=types.SimpleNamespace(remote=home.put)
+    )
+    test_resume.run_until(monkeypatch, 5, test_resume.flags(tmp_path, small_mnist))
+    places = {f"{kind}_dir": str(tmp_path / f"{kind}s") for kind in ("result", "checkpoint", "sample")}
+    scholar_file = tmp_path / "checkpoints" / NAME
+    assert not main.is_finished(tmp_path / "results" / NAME, scholar_file)
+    assert full.work_on_ray(NAME, [test_resume.flags(tmp_path, small_mnist, "--resume")], places, gather) is None
+    assert main.is_finished(tmp_path / "results" / NAME, scholar_file)
+    assert not list(tmp_path.glob("checkpoints/*.unfinished*"))
+    assert "goes on at task" in (tmp_path / f"results/{NAME}.log").read_text()
+
+
+@pytest.mark.parametrize("content", ["", '{"seed": 0}'])
+def test_a_run_with_a_broken_summary_is_made_anew(tmp_path, small_mnist, content):
+    assert experiments(tmp_path, small_mnist, "noise-replay").returncode == 0
+    (summary,) = tmp_path.glob("results/*/summary.json")
+    summary.write_text(content)
+    process = experiments(tmp_path, small_mnist, "noise-replay")
+    assert process.returncode == 0 and "of an earlier run is kept as" in process.stdout
+    assert "average_precision" in summary.read_text()
+
+
+@pytest.mark.parametrize("seeds", ["4-0", "0-999999999", "1-2-3", ""])
+def test_seeds_that_are_no_list_are_refused(tmp_path, seeds):
+    assert_one_line_error(run("run_full_experiments", f"--seeds={seeds}", cwd=tmp_path), 2, "--seeds")
+
+
 def test_a_lost_node_costs_a_run_nothing(tmp_path, small_mnist):
     """A cluster of two nodes, a run on each; one is killed, and its run goes on on the other from its last state."""
     pytest.importorskip("ray", reason="Ray is not installed (requirements-cluster.txt)")
@@ -214,6 +249,8 @@ def test_a_lost_node_costs_a_run_nothing(tmp_path, small_mnist):
     assert "[2/2]" in out and "| noise-replay | 0, 1 |" in out
     logs = [(tmp_path / f"results/seed-{seed}/{name}.log").read_text() for seed in (0, 1)]
     assert sum("goes on at task" in log for log in logs) == 1
+    for seed in (0, 1):
+        assert main.is_finished(tmp_path / f"results/seed-{seed}/{name}", tmp_path / f"checkpoints/seed-{seed}/{name}")
     alone = ["run_full_experiments", *flags, "--seeds=0-1", "--result-dir=alone", "--checkpoint-dir=checkpoints-alone"]
     assert run(*alone, cwd=tmp_path).returncode == 0
     for seed in (0, 1):

@@ -159,6 +159,13 @@ def test_tasks_of_ones_own_mix_with_named_ones(tmp_path, small_mnist):
     assert draw(tmp_path, *flags).returncode == 0
 
 
+def test_a_task_of_ones_own_is_not_taken_for_an_experiment(tmp_path):
+    """Whatever its file is called: a chain, for instance, would learn nothing of the other tasks."""
+    write_task(tmp_path / "mnist-chain.npz")
+    options = main.parse(["--train", "--tasks", str(tmp_path / "mnist-chain.npz")])
+    assert main.run_name(options) == "own-mnist-chain-generative-replay-r0.3"
+
+
 @pytest.mark.parametrize("mode", ["none", "exact-replay"])
 def test_modes_without_generative_replay_train_no_generator(tmp_path, small_mnist, mode):
     process = train(tmp_path, small_mnist, f"--replay-mode={mode}", "--importance-of-new-task=auto")

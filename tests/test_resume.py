@@ -130,6 +130,7 @@ def test_without_resume_an_unfinished_run_is_set_aside_whole(tmp_path, small_mni
         assert (tmp_path / "checkpoints" / f"{name}.1").read_bytes() == content
     assert (tmp_path / "results" / f"{NAME}.1" / "metrics.csv").exists()
     assert not (tmp_path / "results" / f"{NAME}.1" / "summary.json").exists()
+    assert len(list((tmp_path / "samples" / f"{NAME}.1").glob("*.jpg"))) > 0
 
 
 def test_resume_with_other_flags_is_refused(tmp_path, small_mnist, monkeypatch):

@@ -61,6 +61,7 @@ class PlotServer:
 def live_plots(port: int) -> visual.LivePlots:
     """Plots of a run of two tasks that has just begun."""
     options = {"generator_iterations": 20, "solver_iterations": 6, "image_log_interval": 10}
+    options |= {"experiment": "permutated-mnist", "replay_mode": "none", "seed": 0}
     with tempfile.TemporaryDirectory() as directory:
         files = Path(directory)
         (files / "metrics.csv").write_text("phase,task,iteration,name,value\n")
@@ -351,7 +352,8 @@ def results(tmp_path):
 
 def test_runs_are_found_and_seeds_gathered(results):
     runs = visual.find_runs([results])
-    assert [run.config["name"] for run in runs] == ["none-r1", "none-r1", "gr-r0.3", "gr-r0.5"]
+    assert [run.name for run in runs] == ["none-r1", "none-r1", "gr-r0.3", "gr-r0.5"]
+    assert [run.environment for run in runs[:2]] == ["none-r1", "none-r1-seed-1"]
     (arms,) = visual.arms_of(runs).values()
     assert [len(arm.runs) for arm in arms] == [2, 1, 1]
     assert [arm.label for arm in arms] == [
@@ -428,6 +430,67 @@ def test_directory_that_is_no_run_is_an_error(tmp_path, content):
     (directory / "config.json").write_text(content)
     with pytest.raises(UserError, match="not the files of a run"):
         visual.Run(directory)
+
+
+def test_a_run_counts_once(results, capsys):
+    """However often it is named; of two runs that are the same, seed included, one counts, and that is said."""
+    runs = visual.find_runs([results, results / "seed-0", results / "seed-1/none-r1"])
+    assert len(runs) == 4
+    write_run(results / "copy/none-r1", offset=0.1)
+    (arms,) = visual.arms_of(visual.find_runs([results])).values()
+    assert [run.seed for run in arms[0].runs] == [0, 1]
+    assert "it is the same run as" in capsys.readouterr().err
+
+
+def test_a_seed_under_way_takes_nothing_from_the_others(results):
+    begun = results / "seed-2/none-r1"
+    write_run(begun, seed=2)
+    (begun / "summary.json").unlink()
+    (begun / "metrics.csv").write_text("phase,task,iteration,name,value\n")
+    (arms,) = visual.arms_of(visual.find_runs([results])).values()
+    assert arms[0].curve(visual.Run.average_precision)[1] == pytest.approx([0.85, 0.75])
+    assert visual.arm_styles(arms)[0]["label"] == "none, 2 seeds"
+    assert visual.cells(arms[0])["seeds"] == "0, 1 (1 not finished)"
+
+
+def test_what_is_no_run_stops_no_figure(results, capsys):
+    """A foreign config.json, a broken summary, a renamed picture: left out, and the first two said."""
+    (results / "foreign").mkdir()
+    (results / "foreign/config.json").write_text("{}")
+    (write_run(results / "broken") / "summary.json").write_text('{"seed": 0}')
+    log = results / "seed-0/gr-r0.3/sample-log"
+    (log / "task-1-iteration-20.jpg").rename(log / "task-1-iteration-20 (copy).jpg")
+    runs = visual.find_runs([results])
+    assert len(runs) == 4 and list(runs[2].kept_samples()) == [(1, 10), (2, 10), (2, 20)]
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2 and all("of a run" in line for line in warnings)
+
+
+def test_a_replay_mode_of_ones_own_is_drawn_too(tmp_path):
+    """And a name of a task with dollars, which matplotlib would take for mathematics."""
+    for mode in ("pseudo-replay", "none"):
+        config = write_run(tmp_path / mode, replay_mode=mode) / "config.json"
+        config.write_text(config.read_text().replace('"original"', '"a$_$"'))
+    visual.main([str(tmp_path), "--figures", str(tmp_path / "figures")])
+    (arms,) = visual.arms_of(visual.find_runs([tmp_path])).values()
+    assert [arm.label for arm in arms] == ["none", "pseudo-replay"]
+    assert len({style["color"] for style in visual.arm_styles(arms)}) == 2
+
+
+def test_arms_are_told_apart_by_temperature_alone(tmp_path):
+    for temperature in (2.0, 4.0):
+        write_run(tmp_path / str(temperature), replay_targets="soft", temperature=temperature)
+    (arms,) = visual.arms_of(visual.find_runs([tmp_path])).values()
+    assert [arm.label for arm in arms] == ["none", "none (temperature 4.0)"]
+
+
+def test_an_animation_ends_where_the_run_ends(results, monkeypatch):
+    monkeypatch.setattr(visual, "FRAMES", 3)
+    moments = []
+    monkeypatch.setattr(visual.ImageDraw.ImageDraw, "text", lambda self, at, text, fill: moments.append(text))
+    (arms,) = visual.arms_of(visual.find_runs([results])).values()
+    assert visual.save_animation(arms, results / "a.gif")
+    assert moments[1::2] == ["task 1, iteration 20", "task 2, iteration 20"]
 
 
 def test_a_task_has_one_colour_and_seven_differ():
