@@ -46,7 +46,7 @@ QUICK = {
     "batch_size": 64,
 }
 
-# And for an experiment whose first task is the harder one: exact replay would go on learning it where the others can't.
+# And for an experiment whose first task is the harder one, and takes longer.
 QUICK_FOR = {"svhn-mnist": {"generator_iterations": 600, "solver_iterations": 900}}
 
 # Experiments in which every scholar learns from scratch, from the one before it alone.
