@@ -210,8 +210,15 @@ def save_checkpoint(path: Path, *, keep_previous: bool = False, **content: Any) 
     """Write tensors and plain values; the file appears whole or not at all, and the one before it stays until then."""
     buffer = io.BytesIO()  # torch's own writer turns a full disk into an error without a reason
     torch.save({"format": CHECKPOINT_FORMAT, **content}, buffer)
-    with atomic_write(path, "wb", keep_as=previous(path) if keep_previous else None) as file:
-        file.write(buffer.getbuffer())
+
+    def write() -> None:
+        with atomic_write(path, "wb", keep_as=previous(path) if keep_previous else None) as file:
+            file.write(buffer.getbuffer())
+
+    try:
+        write()
+    except FileNotFoundError:  # the directory was taken away in this very moment: it is made again
+        write()
 
 
 def previous(path: Path) -> Path:

@@ -327,3 +327,16 @@ def test_killed_within_a_checkpoint_write(tmp_path, small_mnist, whole, moment):
     run_here(flags(tmp_path, small_mnist, "--resume"))
     assert outcome(tmp_path) == whole
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_directory_that_vanishes_while_a_state_is_written_is_made_again(tmp_path, monkeypatch):
+    fsync, taken = os.fsync, []
+
+    def vanish(descriptor):
+        fsync(descriptor)
+        if not taken:
+            taken.append(shutil.rmtree(tmp_path / "checkpoints"))
+
+    monkeypatch.setattr(os, "fsync", vanish)
+    models.save_checkpoint(tmp_path / "checkpoints/state", keep_previous=True, number=7)
+    assert taken and models.load_checkpoint(tmp_path / "checkpoints/state")["number"] == 7
