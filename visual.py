@@ -444,7 +444,7 @@ PUBLISHED: dict[tuple[str, str], tuple[str, str]] = {
 EXPERIMENTS = list(dict.fromkeys(experiment for experiment, _ in PUBLISHED))
 MODES = ["none", "noise-replay", "exact-replay", "generative-replay"]
 # What the runs of one arm may differ in.
-WITHIN_AN_ARM = FREE_TO_CHANGE | {"seed", "test_size", "sample_size", "sample_log"}
+WITHIN_AN_ARM = FREE_TO_CHANGE | {"seed", "test_size", "sample_size"}
 WITHIN_AN_ARM |= {f"{kind}_log_interval" for kind in ("sample", "image", "eval", "loss")}
 SUMMARY_KEYS = ("precision", "average_precision", "forgetting", "seconds")
 Curve = tuple[np.ndarray, np.ndarray]  # iterations since the start of the run, and values
@@ -486,6 +486,15 @@ class Run:
     def environment(self) -> str:
         """The name of its environment on a visdom server: its own name, and its seed if that is not 0."""
         return self.name.replace("_", "-") + (f"-seed-{self.seed}" if self.seed else "")
+
+    @property
+    def learned_with(self) -> dict[str, Any]:
+        """The options that what it learns depends on: of two runs of one arm, all are the same.
+
+        `--sample-log` is one where nothing but it has a generator trained, which takes random numbers too.
+        """
+        free = WITHIN_AN_ARM | ({"sample_log"} if self.replay_mode == "generative-replay" else set())
+        return {key: value for key, value in self.options.items() if key not in free}
 
     @property
     def unofficial(self) -> list[str]:
@@ -576,8 +585,7 @@ def arms_of(runs: Sequence[Run]) -> dict[str, list[Arm]]:
     """The arms of each experiment. Of two runs that are the same, seed included, the first counts."""
     same: dict[str, dict[int, Run]] = {}
     for run in runs:
-        learned = {key: value for key, value in run.options.items() if key not in WITHIN_AN_ARM}
-        alike = same.setdefault(json.dumps(learned, sort_keys=True), {})
+        alike = same.setdefault(json.dumps(run.learned_with, sort_keys=True), {})
         if alike.setdefault(run.seed, run) is not run:
             warn(f"{run.directory} is left out: it is the same run as {alike[run.seed].directory}")
     experiments: dict[str, list[Arm]] = {}
@@ -594,9 +602,9 @@ def label_rivals(arms: Sequence[Arm]) -> None:
     """Say of arms of one replay mode what is not as in most of them; targets other than those imply a temperature."""
     for arm in arms:
         unusual = {}
-        for key, value in arm.first.options.items():
+        for key, value in arm.first.learned_with.items():
             values = [rival.first.options.get(key) for rival in arms]
-            if key not in WITHIN_AN_ARM and value != max(values, key=values.count):
+            if value != max(values, key=values.count):
                 unusual[key] = f"{key.replace('_', ' ')} {value}"
         if "replay_targets" in unusual:
             unusual.pop("temperature", None)

@@ -87,16 +87,16 @@ def flags_of(run: visual.Run) -> list[str]:
     flags = ["--quick"] * run.options["quick"]
     flags += [f"--experiment={run.experiment}", f"--replay-mode={run.replay_mode}"]
     usual = vars(main.parse(["--train", *flags]))
-    kept = [key for key, value in run.options.items() if value != usual[key] and key not in visual.WITHIN_AN_ARM]
+    kept = [key for key, value in run.learned_with.items() if value != usual[key]]
     if "replay_targets" in kept and "temperature" in kept:  # one follows from the other
         kept.remove("temperature")
-    flags += [f"--{key.replace('_', '-')}={run.options[key]}" for key in kept]
+    flags += [main.flag(key) + (f"={run.options[key]}" if run.options[key] is not True else "") for key in kept]
     return flags
 
 
 def is_plain(run: visual.Run) -> bool:
-    """Whether nothing but experiment, replay mode and --quick was chosen."""
-    return len(flags_of(run)) == 2 + run.options["quick"]
+    """Whether nothing that changes what is learned was chosen but experiment, replay mode and --quick."""
+    return len({*flags_of(run)} - {"--sample-log"}) == 2 + run.options["quick"]
 
 
 def row_of(arm: visual.Arm) -> dict[str, str]:
