@@ -442,6 +442,8 @@ PUBLISHED: dict[tuple[str, str], tuple[str, str]] = {
     ("mnist-chain", "generative-replay"): (".9856", ""),
 }
 EXPERIMENTS = list(dict.fromkeys(experiment for experiment, _ in PUBLISHED))
+# Data of the README's runs that are not the official files, by md5 checksum of the file.
+STAND_INS = dict.fromkeys(["d4c8bae1cc7bd94ad847c0aec19ecb15", "c66e0d9c3d22d2b4574b302f80fd1682"], "SVHN-grey")
 MODES = ["none", "noise-replay", "exact-replay", "generative-replay"]
 # What the runs of one arm may differ in.
 WITHIN_AN_ARM = FREE_TO_CHANGE | {"seed", "test_size", "sample_size"}
@@ -463,7 +465,7 @@ class Run:
             with (directory / "metrics.csv").open(newline="") as file:
                 self.rows = list(csv.DictReader(file))
             self.tasks, self.options = self.config["tasks"], self.config["options"]
-            self.tasks = [f"unofficial {title}" if title.lower() in self.unofficial else title for title in self.tasks]
+            self.tasks = [self.unofficial.get(title.lower(), title) for title in self.tasks]
             self.name, self.seed = self.config["name"], self.options["seed"]
             self.experiment, self.replay_mode = self.options["experiment"], self.options["replay_mode"]
             self.lengths = {phase: self.options.get(f"{phase}_iterations", 1) for phase in ("generator", "solver")}
@@ -497,14 +499,18 @@ class Run:
         return {key: value for key, value in self.options.items() if key not in free}
 
     @property
-    def unofficial(self) -> list[str]:
-        """The data sets whose files were not the official ones."""
-        return sorted({name.split("/")[0] for name in self.config["data"]["unverified"]})
+    def unofficial(self) -> dict[str, str]:
+        """What to call the data sets whose files were not the official ones, by their names."""
+        data, names = self.config["data"], {}
+        for file in data["unverified"]:
+            name = file.split("/")[0]
+            names[name] = STAND_INS.get(data["checksums"].get(file), f"unofficial {name.upper()}")
+        return names
 
     @property
     def data_note(self) -> str:
-        """A warning for figures if the data were not the official files."""
-        return f"not the official files: {', '.join(self.unofficial)}" if self.unofficial else ""
+        """A warning for figures and tables if the data were not the official files."""
+        return ", ".join(f"{called} in place of {name.upper()}" for name, called in sorted(self.unofficial.items()))
 
     @property
     def task_titles(self) -> list[str]:

@@ -289,7 +289,7 @@ def test_sample_grid_has_six_images_a_row(tmp_path):
         assert picture.size == (6 * 34 + 2, 3 * 34 + 2)
 
 
-def write_run(directory, offset=0.0, unverified=(), **options):
+def write_run(directory, offset=0.0, unverified=None, **options):
     """The files of a run of two tasks, all precisions moved by `offset`."""
     directory.mkdir(parents=True)
     usual = {"experiment": "permutated-mnist", "replay_mode": "none", "seed": 0, "sample_dir": str(directory.parent)}
@@ -298,7 +298,7 @@ def write_run(directory, offset=0.0, unverified=(), **options):
         "command": ["./main.py", "--train", "--seed=<0>"],
         "options": usual | {"solver_iterations": 6, "generator_iterations": 20} | options,
         "tasks": ["original", "permutation 1"],
-        "data": {"unverified": list(unverified)},
+        "data": {"checksums": unverified or {}, "unverified": list(unverified or {})},
     }
     (directory / "config.json").write_text(json.dumps(config))
     rows = ["phase,task,iteration,name,value", "generator,1,10,critic-loss,-0.5", "solver,1,3,loss,0.7"]
@@ -409,9 +409,15 @@ def test_report_is_one_page_with_everything(results):
     assert not re.search(r"""(src|href)=(?!"data:)""", page)
 
 
-def test_figure_says_that_data_are_unofficial(tmp_path):
-    run = visual.Run(write_run(tmp_path / "a", unverified=["svhn/train_32x32.mat", "svhn/test_32x32.mat"]))
-    assert run.data_note == "not the official files: svhn"
+@pytest.mark.parametrize(
+    ("checksum", "called"), [("0" * 32, "unofficial SVHN"), ("d4c8bae1cc7bd94ad847c0aec19ecb15", "SVHN-grey")]
+)
+def test_figure_says_that_data_are_unofficial(tmp_path, checksum, called):
+    write_run(tmp_path / "a", unverified={"svhn/train_32x32.mat": checksum})
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config | {"tasks": ["MNIST", "SVHN"]}))
+    run = visual.Run(tmp_path / "a")
+    assert run.tasks == ["MNIST", called] and run.data_note == f"{called} in place of SVHN"
     assert run.data_note in visual.precision_figure([visual.Arm([run])]).get_suptitle()
     assert visual.Run(write_run(tmp_path / "b")).data_note == ""
 
