@@ -94,20 +94,43 @@ def flags_of(run: visual.Run) -> list[str]:
     return flags
 
 
+def further_flags(run: visual.Run) -> list[str]:
+    """What of them is not experiment, replay mode or size."""
+    return flags_of(run)[2 + run.options["quick"] :]
+
+
 def is_plain(run: visual.Run) -> bool:
-    """Whether nothing that changes what is learned was chosen but experiment, replay mode and --quick."""
-    return len({*flags_of(run)} - {"--sample-log"}) == 2 + run.options["quick"]
+    """Whether nothing that changes what is learned was chosen but experiment, replay mode and size."""
+    return not {*further_flags(run)} - {"--sample-log"}
+
+
+def drawn(arms: list[visual.Arm]) -> list[visual.Arm]:
+    """The arms of an experiment that figures show: the plain ones, or else for each replay mode that of most seeds."""
+    if plain := [arm for arm in arms if is_plain(arm.first)]:
+        return plain
+    by_mode: dict[str, visual.Arm] = {}
+    for arm in arms:
+        most = by_mode.setdefault(arm.first.replay_mode, arm)
+        by_mode[arm.first.replay_mode] = max(most, arm, key=lambda each: len(each.runs))
+    return list(by_mode.values())
+
+
+def heading(experiment: str, arms: list[visual.Arm], size: str) -> str:
+    """What is above figures: the experiment, its data, its size, and the further flags of all the arms."""
+    note = f" ({arms[0].first.data_note})" if arms[0].first.data_note else ""
+    further = [further_flags(arm.first) for arm in arms]
+    common = [f"`{flag}`" for flag in further[0] if all(flag in flags for flags in further)]
+    return f"**{experiment}**{note}, {SIZES[size].lower()}" + (f" with {' '.join(common)}" if common else "")
 
 
 def row_of(arm: visual.Arm) -> dict[str, str]:
     """An arm as a row of the README's table."""
     cells = visual.cells(arm)
     run = arm.first
-    further = flags_of(run)[2 + run.options["quick"] :]
     return {
         "experiment": cells["experiment"],
         "replay mode": run.replay_mode,
-        "further flags": " ".join(f"`{flag}`" for flag in further),
+        "further flags": " ".join(f"`{flag}`" for flag in further_flags(run)),
         "seeds": cells["seeds"],
         "paper": cells["paper"],
         "2017 repository": cells["2017 repository"],
@@ -135,20 +158,17 @@ def draw_size(runs: list[visual.Run], size: str) -> list[str]:
     text = [f"### {SIZES[size]}", "", f"`./main.py --train{flags} --experiment=... --replay-mode=... --seed=...`, and:"]
     text += ["", visual.markdown(rows), ""]
     for experiment, arms in experiments.items():
-        plain = [arm for arm in arms if is_plain(arm.first)]
-        if not plain:
-            continue
-        note = f" ({plain[0].first.data_note})" if plain[0].first.data_note else ""
-        text += [f"**{experiment}**{note}, {SIZES[size]}", ""]
+        arms = drawn(arms)
+        text += [heading(experiment, arms, size), ""]
         for kind in ("precision", "average", "matrix", "losses", "samples"):
-            if figure := visual.FIGURES[kind](plain):
+            if figure := visual.FIGURES[kind](arms):
                 path = ARTS / f"{experiment}{size}-{kind}.png"
                 visual.write_figure(figure, path)
                 if kind in SHOWN:
                     text += [f"![{SHOWN[kind]}]({rel(path)})", ""]
         if experiment in main.CHAINS:
-            text += [chain_table(plain[-1]), ""]
-        if visual.save_animation(plain, ARTS / f"{experiment}{size}.gif"):
+            text += [chain_table(arms[-1]), ""]
+        if visual.save_animation(arms, ARTS / f"{experiment}{size}.gif"):
             text += [f"![the generator through all tasks]({rel(ARTS / f'{experiment}{size}.gif')})", ""]
     return text
 
