@@ -605,14 +605,15 @@ def arms_of(runs: Sequence[Run]) -> dict[str, list[Arm]]:
 
 
 def label_rivals(arms: Sequence[Arm]) -> None:
-    """Say of arms of one replay mode what is not as in most of them; targets other than those imply a temperature."""
+    """Say of arms of one replay mode what is not as in most of them; a temperature only where targets leave it open."""
     for arm in arms:
-        unusual = {}
-        for key, value in arm.first.learned_with.items():
+        own, unusual = arm.first.learned_with, {}
+        for key, value in own.items():
             values = [rival.first.options.get(key) for rival in arms]
             if value != max(values, key=values.count):
                 unusual[key] = f"{key.replace('_', ' ')} {value}"
-        if "replay_targets" in unusual:
+        alike = [rival for rival in arms if rival.first.options.get("replay_targets") == own.get("replay_targets")]
+        if "replay_targets" in unusual and len({rival.first.options.get("temperature") for rival in alike}) == 1:
             unusual.pop("temperature", None)
         arm.label += f" ({', '.join(unusual.values())})" if unusual else ""
 

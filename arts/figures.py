@@ -86,11 +86,9 @@ def flags_of(run: visual.Run) -> list[str]:
     """The flags that a run's outcome depends on, its seed aside."""
     flags = ["--quick"] * run.options["quick"]
     flags += [f"--experiment={run.experiment}", f"--replay-mode={run.replay_mode}"]
-    usual = vars(main.parse(["--train", *flags]))
-    kept = [key for key, value in run.learned_with.items() if value != usual[key]]
-    if "replay_targets" in kept and "temperature" in kept:  # one follows from the other
-        kept.remove("temperature")
-    flags += [main.flag(key) + (f"={run.options[key]}" if run.options[key] is not True else "") for key in kept]
+    for key, value in run.learned_with.items():
+        if value != getattr(main.parse(["--train", *flags]), key):  # some defaults follow from the flags before
+            flags.append(main.flag(key) + (f"={value}" if value is not True else ""))
     return flags
 
 

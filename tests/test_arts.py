@@ -31,6 +31,12 @@ def test_readme_says_what_the_kept_runs_say(figures):
     assert len(shown) >= 10 and all((figures.ROOT / path).is_file() for path in shown)
 
 
+def test_flags_of_the_tables_are_those_of_the_runs(figures):
+    for kept in figures.visual.find_runs([figures.RUNS]):
+        options = vars(figures.main.parse(["--train", *figures.flags_of(kept)]))
+        assert {key: options[key] for key in kept.learned_with} == kept.learned_with, kept.directory
+
+
 def test_a_run_is_kept_without_paths_and_shown(figures, tmp_path, small_mnist):
     flags = ["--train", "--data-dir", small_mnist, *TINY, "--seed=5"]
     assert run("main.py", *flags, cwd=tmp_path).returncode == 0

@@ -484,10 +484,19 @@ def test_a_replay_mode_of_ones_own_is_drawn_too(tmp_path):
 
 
 def test_arms_are_told_apart_by_temperature_alone(tmp_path):
-    for temperature in (2.0, 4.0):
-        write_run(tmp_path / str(temperature), replay_targets="soft", temperature=temperature)
-    (arms,) = visual.arms_of(visual.find_runs([tmp_path])).values()
-    assert [arm.label for arm in arms] == ["none", "none (temperature 4.0)"]
+    def labels():
+        (arms,) = visual.arms_of(visual.find_runs([tmp_path])).values()
+        return [arm.label for arm in arms]
+
+    write_run(tmp_path / "a", replay_targets="hard", temperature=1.0)
+    write_run(tmp_path / "b", replay_targets="soft", temperature=2.0)
+    assert labels() == ["none", "none (replay targets soft)"]
+    write_run(tmp_path / "c", replay_targets="soft", temperature=4.0)
+    assert labels() == [
+        "none (replay targets hard)",
+        "none (temperature 2.0)",
+        "none (temperature 4.0)",
+    ]
 
 
 def test_an_animation_ends_where_the_run_ends(results, monkeypatch):
