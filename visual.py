@@ -599,13 +599,18 @@ def arms_of(runs: Sequence[Run]) -> dict[str, list[Arm]]:
         arm = Arm(list(by_seed.values()))
         experiments.setdefault(arm.first.experiment, []).append(arm)
     for arms in experiments.values():
-        for mode in {arm.first.replay_mode for arm in arms}:
-            label_rivals([arm for arm in arms if arm.first.replay_mode == mode])
+        label(arms)
     return experiments
 
 
+def label(arms: Sequence[Arm]) -> None:
+    """Name arms after their replay modes, and those of one mode by what is not as in most of them too."""
+    for mode in {arm.first.replay_mode for arm in arms}:
+        label_rivals([arm for arm in arms if arm.first.replay_mode == mode])
+
+
 def label_rivals(arms: Sequence[Arm]) -> None:
-    """Say of arms of one replay mode what is not as in most of them; a temperature only where targets leave it open."""
+    """Name arms of one replay mode; a temperature is said only where targets leave it open."""
     for arm in arms:
         own, unusual = arm.first.learned_with, {}
         for key, value in own.items():
@@ -615,7 +620,7 @@ def label_rivals(arms: Sequence[Arm]) -> None:
         alike = [rival for rival in arms if rival.first.options.get("replay_targets") == own.get("replay_targets")]
         if "replay_targets" in unusual and len({rival.first.options.get("temperature") for rival in alike}) == 1:
             unusual.pop("temperature", None)
-        arm.label += f" ({', '.join(unusual.values())})" if unusual else ""
+        arm.label = arm.first.replay_mode + (f" ({', '.join(unusual.values())})" if unusual else "")
 
 
 def draw_band(axes: Axes, curve: tuple[np.ndarray, np.ndarray, np.ndarray], **style: Any) -> None:
@@ -761,7 +766,7 @@ def samples_figure(arms: Sequence[Arm]) -> Figure | None:
     figure.suptitle(f"{title_of([arm.first for arm, _ in shown])}: samples after each task", fontsize="medium")
     for axes_row, (arm, samples) in zip(figure.subplots(len(shown), tasks, squeeze=False), shown, strict=True):
         last = {task: path for (task, _), path in samples.items()}  # the latest, because they are sorted
-        axes_row[0].set_ylabel(arm.label)
+        axes_row[0].set_ylabel(textwrap.fill(arm.label, 32))
         for task, axes in enumerate(axes_row, start=1):
             axes.set(xticks=[], yticks=[], title=f"after task {task}")
             axes.title.set_fontsize("medium")

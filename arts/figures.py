@@ -104,13 +104,14 @@ def is_plain(run: visual.Run) -> bool:
 
 def drawn(arms: list[visual.Arm]) -> list[visual.Arm]:
     """The arms of an experiment that figures show: the plain ones, or else for each replay mode that of most seeds."""
-    if plain := [arm for arm in arms if is_plain(arm.first)]:
-        return plain
-    by_mode: dict[str, visual.Arm] = {}
-    for arm in arms:
-        most = by_mode.setdefault(arm.first.replay_mode, arm)
-        by_mode[arm.first.replay_mode] = max(most, arm, key=lambda each: len(each.runs))
-    return list(by_mode.values())
+    chosen = [arm for arm in arms if is_plain(arm.first)]
+    if not chosen:
+        by_mode: dict[str, visual.Arm] = {}
+        for arm in sorted(arms, key=lambda arm: len(arm.runs)):
+            by_mode[arm.first.replay_mode] = arm
+        chosen = [arm for arm in arms if arm in by_mode.values()]
+    visual.label(chosen)
+    return chosen
 
 
 def heading(experiment: str, arms: list[visual.Arm], size: str) -> str:
