@@ -102,16 +102,22 @@ def is_plain(run: visual.Run) -> bool:
     return not {*further_flags(run)} - {"--sample-log"}
 
 
-def drawn(arms: list[visual.Arm]) -> list[visual.Arm]:
-    """The arms of an experiment that figures show: the plain ones, or else for each replay mode that of most seeds."""
-    chosen = [arm for arm in arms if is_plain(arm.first)]
-    if not chosen:
-        by_mode: dict[str, visual.Arm] = {}
-        for arm in sorted(arms, key=lambda arm: len(arm.runs)):
-            by_mode[arm.first.replay_mode] = arm
-        chosen = [arm for arm in arms if arm in by_mode.values()]
-    visual.label(chosen)
-    return chosen
+def drawn(arms: list[visual.Arm]) -> dict[str, list[visual.Arm]]:
+    """The arms of an experiment that figures show together, by what the names of their files end in.
+
+    Those of each pair of networks that has several replay modes, if any has: of each mode the plain arm, or where there
+    is none that of most seeds.
+    """
+    chosen: dict[str, dict[str, visual.Arm]] = {}
+    for arm in sorted(arms, key=lambda arm: (is_plain(arm.first), len(arm.runs))):
+        options = arm.first.options
+        networks = "".join(f"-{options[key]}" for key in ("generator", "solver"))
+        chosen.setdefault("" if networks == "-wgan-cnn" else networks, {})[arm.first.replay_mode] = arm
+    most = {networks: by_mode for networks, by_mode in chosen.items() if len(by_mode) > 1} or chosen
+    together = {networks: [arm for arm in arms if arm in most[networks].values()] for networks in sorted(most)}
+    for shown in together.values():
+        visual.label(shown)
+    return together
 
 
 def heading(experiment: str, arms: list[visual.Arm], size: str) -> str:
@@ -157,18 +163,26 @@ def draw_size(runs: list[visual.Run], size: str) -> list[str]:
     text = [f"### {SIZES[size]}", "", f"`./main.py --train{flags} --experiment=... --replay-mode=... --seed=...`, and:"]
     text += ["", visual.markdown(rows), ""]
     for experiment, arms in experiments.items():
-        arms = drawn(arms)
-        text += [heading(experiment, arms, size), ""]
-        for kind in ("precision", "average", "matrix", "losses", "samples"):
-            if figure := visual.FIGURES[kind](arms):
-                path = ARTS / f"{experiment}{size}-{kind}.png"
-                visual.write_figure(figure, path)
-                if kind in SHOWN:
-                    text += [f"![{SHOWN[kind]}]({rel(path)})", ""]
-        if experiment in main.CHAINS:
-            text += [chain_table(arms[-1]), ""]
-        if visual.save_animation(arms, ARTS / f"{experiment}{size}.gif"):
-            text += [f"![the generator through all tasks]({rel(ARTS / f'{experiment}{size}.gif')})", ""]
+        for networks, together in drawn(arms).items():
+            text += draw_experiment(together, ARTS / f"{experiment}{size}{networks}", size)
+    return text
+
+
+def draw_experiment(arms: list[visual.Arm], stem: Path, size: str) -> list[str]:
+    """Figures of the arms of one experiment, named after `stem`, and what the README says of them."""
+    experiment = arms[0].first.experiment
+    text = [heading(experiment, arms, size), ""]
+    for kind, draw in visual.FIGURES.items():
+        if figure := draw(arms):
+            path = stem.with_name(f"{stem.name}-{kind}.png")
+            visual.write_figure(figure, path)
+            if kind in SHOWN:
+                text += [f"![{SHOWN[kind]}]({rel(path)})", ""]
+    if experiment in main.CHAINS:
+        text += [chain_table(arms[-1]), ""]
+    animation = stem.with_name(f"{stem.name}.gif")
+    if visual.save_animation(arms, animation):
+        text += [f"![the generator through all tasks]({rel(animation)})", ""]
     return text
 
 
