@@ -202,7 +202,7 @@ def make_parser() -> utils.Parser:
     add(group, "--generator-iterations", 3000, "iterations for each task", type=integer(1))
 
     group = parser.add_argument_group("solver")
-    add(group, "--solver", "cnn", "a convolutional network", choices=list(models.SOLVERS))
+    add(group, "--solver", "cnn", "a convolutional network, or one of linear layers", choices=list(models.SOLVERS))
     add(group, "--solver-depth", 5, "layers: convolutions, then one linear layer", type=integer(2, 64))
     add(
         group,
