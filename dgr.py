@@ -14,6 +14,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -113,8 +114,8 @@ class Solver(nn.Module):
         with answering(self.net):
             return (self.net(x) / temperature).softmax(dim=1)
 
-    def update(self, loss: Tensor) -> None:
-        """One step down the gradient of a loss from `solver_loss`."""
+    def update(self, loss: Callable[[Pairs, Pairs], Tensor], current: Pairs, replayed: Pairs) -> dict[str, Tensor]:
+        """One step down the gradient of loss(current, replayed), equation 1. Returns {"loss": its value}, detached."""
         raise NotImplementedError
 
     def remember(self) -> "Solver":
@@ -369,9 +370,8 @@ def learn_solver(
 ) -> Iterator[dict[str, Tensor]]:
     """Let S learn the answers of all tasks so far. Yields the loss of each iteration by name."""
     solver.train()
+    equation_1 = partial(solver_loss, solver, r=r, temperature=temperature)
     for _ in range(iterations):
         pairs = current.sample(batch_size)
         replayed = current.sample(0) if replay is None else replay.sample(batch_size)
-        value = solver_loss(solver, pairs, replayed, r, temperature)
-        solver.update(value)
-        yield {"loss": value.detach()}
+        yield solver.update(equation_1, pairs, replayed)

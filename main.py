@@ -292,6 +292,13 @@ def make_parser() -> utils.Parser:
         "what networks compute in; auto: bf16 where the hardware has it, else fp32",
         choices=["auto", "fp32", "tf32", "bf16"],
     )
+    add(
+        group,
+        "--cuda-graphs",
+        False,
+        "launch every update as one CUDA graph, instead of kernel by kernel (needs a GPU)",
+        action="store_true",
+    )
     add(group, "--no-gpus", False, "use the CPU even where there is a GPU", action="store_true")
     add(group, "--visdom-server", "localhost", "where live plots go, if a server answers", metavar="HOST")
     add(group, "--visdom-port", 8097, "its port", type=integer(1, 65535))
@@ -325,6 +332,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             f"argument --solver-reducing-layers: {options.solver_reducing_layers} is more than the "
             f"{options.solver_depth - 1} convolutions of --solver-depth {options.solver_depth}"
         )
+    if options.cuda_graphs and (options.no_gpus or not torch.cuda.is_available()):
+        why = "--no-gpus leaves the GPU out" if options.no_gpus else "this machine has none that PyTorch can use"
+        parser.error(f"argument --cuda-graphs: it needs a GPU, and {why}: leave it out")
     if options.tensorboard:
         try:
             from torch.utils import tensorboard  # noqa: F401

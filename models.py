@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import dgr
 import gan
-from utils import UserError, atomic_write, reason
+from utils import Captured, UserError, atomic_write, reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +40,22 @@ class ScholarOptions:
     beta1: float = 0.5
     beta2: float = 0.9
     weight_decay: float = 1e-5
+    cuda_graphs: bool = False
 
     def optimiser(self, *networks: nn.Module) -> torch.optim.Adam:
         """Adam over all parameters of these networks."""
         parameters = [parameter for network in networks for parameter in network.parameters()]
-        return torch.optim.Adam(
+        adam = torch.optim.Adam(
             parameters, self.lr, (self.beta1, self.beta2), weight_decay=self.weight_decay, fused=True
         )
+
+        def allow_capture(adam: torch.optim.Adam) -> None:
+            for group in adam.param_groups:
+                group["capturable"] = self.cuda_graphs
+
+        allow_capture(adam)
+        adam.register_load_state_dict_post_hook(allow_capture)  # a state may be of a run without graphs
+        return adam
 
 
 def step(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -61,6 +70,8 @@ def step(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
 
 class WGAN(dgr.Generator):
     """WGAN-GP: a generator that learns against a critic (Gulrajani et al. 2017, Algorithm 1)."""
+
+    functions_of_tensors = ("critic_step", "generator_step")
 
     def __init__(self, image_channels: int, options: ScholarOptions):
         net = gan.generator_network(
@@ -77,18 +88,26 @@ class WGAN(dgr.Generator):
 
     def update(self, inputs: Callable[[], Tensor]) -> dict[str, Tensor]:
         """`critic_updates` steps of the critic, each on a fresh batch of inputs, then one of the generator."""
-        self.critic.requires_grad_(True)
         for _ in range(self.critic_updates):
             real = inputs()
-            with torch.no_grad():
-                fake = self.net(self.noise(len(real)))
-            loss, distance = gan.critic_loss(self.critic, real, fake, penalty_weight=self.penalty_weight)
-            step(self.critic_optimiser, loss)
+            losses = self.critic_step(real)
+        return losses | self.generator_step(len(real))
 
+    def critic_step(self, real: Tensor) -> dict[str, Tensor]:
+        """Lines 4 to 9 of the algorithm, for a batch of real images."""
+        self.critic.requires_grad_(True)
+        with torch.no_grad():
+            fake = self.net(self.noise(len(real)))
+        loss, distance = gan.critic_loss(self.critic, real, fake, penalty_weight=self.penalty_weight)
+        step(self.critic_optimiser, loss)
+        return {"critic-loss": loss.detach(), "wasserstein": distance}
+
+    def generator_step(self, n: int) -> dict[str, Tensor]:
+        """Lines 10 and 11, for n generated images."""
         self.critic.requires_grad_(False)
-        generator_loss = gan.generator_loss(self.critic, self.net(self.noise(len(real))))
-        step(self.optimiser, generator_loss)
-        return {"critic-loss": loss.detach(), "generator-loss": generator_loss.detach(), "wasserstein": distance}
+        loss = gan.generator_loss(self.critic, self.net(self.noise(n)))
+        step(self.optimiser, loss)
+        return {"generator-loss": loss.detach()}
 
 
 class VAE(dgr.Generator):
@@ -97,6 +116,8 @@ class VAE(dgr.Generator):
     Blurred but never collapsed, and cheap: pixels in any order are the same to it. Two hidden layers of
     16 * generator_g_channel_size units on either side.
     """
+
+    functions_of_tensors = ("learn",)
 
     def __init__(self, image_channels: int, options: ScholarOptions):
         pixels, width, z_size = (
@@ -121,7 +142,9 @@ class VAE(dgr.Generator):
 
     def update(self, inputs: Callable[[], Tensor]) -> dict[str, Tensor]:
         """One step down the negative evidence lower bound, in nats an image (equation 10)."""
-        x = inputs()
+        return self.learn(inputs())
+
+    def learn(self, x: Tensor) -> dict[str, Tensor]:
         mean, log_variance = self.encoder(x).chunk(2, dim=1)
         z = mean + (log_variance / 2).exp() * self.noise(len(x))
         reconstruction = F.binary_cross_entropy(self.net(z), x, reduction="sum") / len(x)
@@ -137,7 +160,28 @@ GENERATORS: dict[str, Callable[[int, ScholarOptions], dgr.Generator]] = {"wgan":
 # ----------------------------------------------------------------------------------------------------- solvers
 
 
-class CNN(dgr.Solver):
+Loss = Callable[[dgr.Pairs, dgr.Pairs], Tensor]  # of current and replayed pairs
+
+
+class Classifier(dgr.Solver):
+    """A network that learns its answers with Adam."""
+
+    functions_of_tensors = ("learn",)
+
+    def __init__(self, net: nn.Module, options: ScholarOptions):
+        super().__init__(net)
+        self.optimiser = options.optimiser(self.net)
+
+    def update(self, loss: Loss, current: dgr.Pairs, replayed: dgr.Pairs) -> dict[str, Tensor]:
+        return self.learn(loss, *current, *replayed)
+
+    def learn(self, loss: Loss, x: Tensor, y: Tensor, x_replayed: Tensor, y_replayed: Tensor) -> dict[str, Tensor]:
+        value = loss((x, y), (x_replayed, y_replayed))
+        step(self.optimiser, value)
+        return {"loss": value.detach()}
+
+
+class CNN(Classifier):
     """A convolutional classifier for 32x32 images.
 
     solver_depth - 1 convolutions and a linear layer. Channels double from layer to layer up to solver_channel_size;
@@ -156,14 +200,10 @@ class CNN(dgr.Solver):
                 nn.ReLU(inplace=True),
             ]
             channels, size = width, size // stride  # (n, width, size, size)
-        super().__init__(gan.Network(*layers, nn.Flatten(), nn.Linear(channels * size * size, classes)))
-        self.optimiser = options.optimiser(self.net)
-
-    def update(self, loss: Tensor) -> None:
-        step(self.optimiser, loss)
+        super().__init__(gan.Network(*layers, nn.Flatten(), nn.Linear(channels * size * size, classes)), options)
 
 
-class MLP(dgr.Solver):
+class MLP(Classifier):
     """A classifier of linear layers: two hidden ones of solver_channel_size units.
 
     It tells blurred images from sharp ones less easily than a CNN, and takes samples of a VAE for what they show.
@@ -177,12 +217,9 @@ class MLP(dgr.Solver):
                 *(nn.Linear(image_channels * gan.IMAGE_SIZE**2, width), nn.ReLU(inplace=True)),
                 *(nn.Linear(width, width), nn.ReLU(inplace=True)),
                 nn.Linear(width, classes),
-            )
+            ),
+            options,
         )
-        self.optimiser = options.optimiser(self.net)
-
-    def update(self, loss: Tensor) -> None:
-        step(self.optimiser, loss)
 
 
 # A new solver is one class like these and one line here; it becomes a choice of --solver.
@@ -198,6 +235,10 @@ def make_scholar(
     for module in scholar.modules():
         if isinstance(module, gan.Network):
             module.compute_dtype = compute_dtype
+    if options.cuda_graphs:
+        for part in (scholar.generator, scholar.solver):
+            for name in getattr(part, "functions_of_tensors", ()):
+                setattr(part, name, Captured(getattr(part, name)))
     return scholar.to(memory_format=torch.channels_last)  # the convolutions' faster layout
 
 

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 # Options of main.py that say how a run is made, and not what it learns: --resume may change them.
 FREE_TO_CHANGE = {
-    *("train", "test", "quick", "resume", "checkpoint_interval", "no_gpus"),
+    *("train", "test", "quick", "resume", "checkpoint_interval", "no_gpus", "cuda_graphs"),
     *("data_dir", "unverified_data", "result_dir", "checkpoint_dir", "sample_dir"),
     *("visdom_server", "visdom_port", "no_visdom", "tensorboard"),
 }
@@ -178,6 +179,57 @@ def choose_precision(precision: str, device: torch.device) -> torch.dtype | None
     elif precision == "tf32":
         raise UserError("--precision tf32 is of GPUs, and this run is on a CPU: give fp32, bf16 or auto")
     return torch.bfloat16 if precision == "bf16" else None
+
+
+class Captured:
+    """A function of tensors as a CUDA graph: its hundreds of kernels are launched at once, without waiting for Python.
+
+    function: gives tensors by name, and may change parameters where they are. It is recorded when it has been called
+    `warm_up` times, and again when the shape of a tensor or any other argument changes. What it does to anything but
+    tensors, it does only while it is recorded.
+    """
+
+    warm_up = 3  # calls, made as they are, in which libraries and optimisers set up what they keep
+
+    def __init__(self, function: Callable[..., dict[str, Tensor]]):
+        self.function = function
+        self._signature: tuple[Any, ...] | None = None
+
+    def __call__(self, *arguments: Any) -> dict[str, Tensor]:
+        signature = tuple((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in arguments)
+        if signature != self._signature:
+            self._signature, self._calls, self._replay = signature, 0, None
+        self._calls += 1
+        if self._calls <= self.warm_up:
+            return self._aside(lambda: self.function(*arguments))
+        if self._replay is None:
+            self._arguments = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
+            self._replay = self._record(lambda: self.function(*self._arguments))
+        for kept, given in zip(self._arguments, arguments, strict=True):
+            if isinstance(given, Tensor):
+                kept.copy_(given)
+        return {name: value.clone() for name, value in self._replay().items()}
+
+    def _aside(self, work: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Work in the stream that will be recorded: autograd and the libraries keep state for each stream."""
+        self._stream = getattr(self, "_stream", None) or torch.cuda.Stream()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            values = work()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return values
+
+    def _record(self, work: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
+        """Record work without doing it. Gives what does it, and returns tensors that every call writes anew."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream):
+            values = work()
+
+        def replay() -> dict[str, Tensor]:
+            graph.replay()
+            return values
+
+        return replay
 
 
 def images_at_once(device: torch.device) -> int:

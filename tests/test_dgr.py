@@ -12,6 +12,7 @@ from torch import nn
 import dgr
 import gan
 import models
+import utils
 
 HARD = dgr.Targets("hard")
 
@@ -403,3 +404,80 @@ def test_vae_loss_is_the_negative_evidence_lower_bound():
     losses = vae.update(lambda: x)
     torch.testing.assert_close(losses["reconstruction"], -likelihood.detach())
     torch.testing.assert_close(losses["divergence"], divergence.detach())
+
+
+# ------------------------------------------------------------------------------------------------ CUDA graphs
+
+
+def losses_of_updates(scholar, device, times):
+    """Losses of so many updates of generator and solver, as rows of floats."""
+    torch.manual_seed(1)
+    x, y = torch.rand(64, 1, 32, 32, device=device), torch.randint(10, (64,), device=device)
+    current, replayed = Rows(x[:32], y[:32]), Rows(x[32:], y[32:])
+    how = {"r": 0.3, "iterations": times, "batch_size": 8}
+    rows = [list(losses.values()) for losses in dgr.learn_generator(scholar.generator, current, replayed, **how)]
+    rows += [list(losses.values()) for losses in dgr.learn_solver(scholar.solver, current, replayed, **how)]
+    return [list(map(float, row)) for row in rows]
+
+
+class Rows:
+    """Pairs in the order they are kept in, from the first again after the last."""
+
+    def __init__(self, x, y):
+        self.x, self.y, self.next = x, y, 0
+
+    def sample(self, n):
+        rows = (torch.arange(n) + self.next) % len(self.x)
+        self.next += n
+        return self.x[rows], self.y[rows]
+
+    def inputs(self, n):
+        return self.sample(n)[0]
+
+
+def scholars(options, device, **settings):
+    """The same scholar twice: its updates as they are, and captured."""
+    options = replace(options, generator_c_updates_per_g_update=2)
+    plain = models.make_scholar(1, 10, options, **settings).to(device)
+    captured = models.make_scholar(1, 10, replace(options, cuda_graphs=True), **settings).to(device)
+    captured.load_state_dict(plain.state_dict())
+    return plain, captured
+
+
+@pytest.mark.parametrize("parts", [{}, {"generator": "vae", "solver": "mlp"}], ids=["wgan-cnn", "vae-mlp"])
+def test_captured_updates_are_the_updates(parts, monkeypatch):
+    """All but the recording itself, which is of GPUs: here, work that was recorded is done again from Python."""
+
+    def record(_captured, work):
+        values = {}
+
+        def replay():
+            for name, value in work().items():
+                values.setdefault(name, torch.empty_like(value)).copy_(value)  # always the same tensors
+            return values
+
+        recorded.append(replay)
+        return replay
+
+    recorded = []
+    monkeypatch.setattr(utils.Captured, "_aside", lambda _captured, work: work())
+    monkeypatch.setattr(utils.Captured, "_record", record)
+    plain, captured = scholars(replace(SMALL, **parts), "cpu")
+    times = 10
+    assert losses_of_updates(plain, "cpu", times) == losses_of_updates(captured, "cpu", times)
+    assert_same_state(captured, plain.state_dict())
+    assert len(recorded) == len(captured.generator.functions_of_tensors) + 1
+    some = Rows(torch.rand(4, 1, 32, 32), torch.arange(4))
+    list(dgr.learn_solver(captured.solver, some, some, r=0.5, iterations=times, batch_size=8))
+    assert len(recorded) == len(captured.generator.functions_of_tensors) + 2  # another r, another graph
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU, and there is none")
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("parts", [{}, {"generator": "vae", "solver": "mlp"}], ids=["wgan-cnn", "vae-mlp"])
+def test_captured_and_eager_updates_give_the_same_losses_on_a_gpu(parts, dtype, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    plain, captured = scholars(replace(SMALL, **parts), "cuda", compute_dtype=dtype)
+    eager, graphs = (torch.tensor(losses_of_updates(each, "cuda", 100)) for each in (plain, captured))
+    tolerance = 1e-3 if dtype is None else 5e-2
+    torch.testing.assert_close(graphs, eager, rtol=tolerance, atol=tolerance)
