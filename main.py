@@ -334,7 +334,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         )
     if options.cuda_graphs and (options.no_gpus or not torch.cuda.is_available()):
         why = "--no-gpus leaves the GPU out" if options.no_gpus else "this machine has none that PyTorch can use"
-        parser.error(f"argument --cuda-graphs: it needs a GPU, and {why}: leave it out")
+        parser.error(f"argument --cuda-graphs: it needs a GPU, and {why}")
     if options.tensorboard:
         try:
             from torch.utils import tensorboard  # noqa: F401

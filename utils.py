@@ -194,6 +194,8 @@ class Captured:
     def __init__(self, function: Callable[..., dict[str, Tensor]]):
         self.function = function
         self._signature: tuple[Any, ...] | None = None
+        # Recorded in this stream, and warmed up there: autograd and the libraries keep state for each stream.
+        self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
 
     def __call__(self, *arguments: Any) -> dict[str, Tensor]:
         signature = tuple((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in arguments)
@@ -211,8 +213,7 @@ class Captured:
         return {name: value.clone() for name, value in self._replay().items()}
 
     def _aside(self, work: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Work in the stream that will be recorded: autograd and the libraries keep state for each stream."""
-        self._stream = getattr(self, "_stream", None) or torch.cuda.Stream()
+        """Work in the stream that will be recorded."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             values = work()

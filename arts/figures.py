@@ -11,6 +11,7 @@ import csv
 import re
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 ARTS = Path(__file__).resolve().parent
@@ -102,14 +103,19 @@ def is_plain(run: visual.Run) -> bool:
     return not {*further_flags(run)} - {"--sample-log"}
 
 
+def has_suffix(run: visual.Run) -> bool:
+    """Whether a run is kept as one of those that tried other flags."""
+    return not run.directory.name.endswith(f"-seed{run.seed}")
+
+
 def drawn(arms: list[visual.Arm]) -> dict[str, list[visual.Arm]]:
     """The arms of an experiment that figures show together, by what the names of their files end in.
 
     Those of each pair of networks that has several replay modes, if any has: of each mode the plain arm, or where there
-    is none that of most seeds.
+    is none one kept without a suffix, or else that of most seeds.
     """
     chosen: dict[str, dict[str, visual.Arm]] = {}
-    for arm in sorted(arms, key=lambda arm: (is_plain(arm.first), len(arm.runs))):
+    for arm in sorted(arms, key=lambda arm: (is_plain(arm.first), not has_suffix(arm.first), len(arm.runs))):
         options = arm.first.options
         networks = "".join(f"-{options[key]}" for key in ("generator", "solver"))
         chosen.setdefault("" if networks == "-wgan-cnn" else networks, {})[arm.first.replay_mode] = arm
@@ -121,11 +127,17 @@ def drawn(arms: list[visual.Arm]) -> dict[str, list[visual.Arm]]:
 
 
 def heading(experiment: str, arms: list[visual.Arm], size: str) -> str:
-    """What is above figures: the experiment, its data, its size, and the further flags of all the arms."""
+    """What is above figures: the experiment, its data, its size, and the further flags of the arms."""
     note = f" ({arms[0].first.data_note})" if arms[0].first.data_note else ""
-    further = [further_flags(arm.first) for arm in arms]
-    common = [f"`{flag}`" for flag in further[0] if all(flag in flags for flags in further)]
-    return f"**{experiment}**{note}, {SIZES[size].lower()}" + (f" with {' '.join(common)}" if common else "")
+    further = {arm.label: further_flags(arm.first) for arm in arms}
+    common = [flag for flag in further[arms[0].label] if all(flag in flags for flags in further.values())]
+    text = f"**{experiment}**{note}, {SIZES[size].lower()}" + (f" with {code(common)}" if common else "")
+    own = {label: code(flag for flag in flags if flag not in common) for label, flags in further.items()}
+    return "; ".join([text, *(f"{label}: {flags}" for label, flags in own.items() if flags)])
+
+
+def code(flags: Iterable[str]) -> str:
+    return " ".join(f"`{flag}`" for flag in flags)
 
 
 def row_of(arm: visual.Arm) -> dict[str, str]:
@@ -135,7 +147,7 @@ def row_of(arm: visual.Arm) -> dict[str, str]:
     return {
         "experiment": cells["experiment"],
         "replay mode": run.replay_mode,
-        "further flags": " ".join(f"`{flag}`" for flag in further_flags(run)),
+        "further flags": code(further_flags(run)),
         "seeds": cells["seeds"],
         "paper": cells["paper"],
         "2017 repository": cells["2017 repository"],
@@ -154,16 +166,23 @@ def chain_table(arm: visual.Arm) -> str:
 
 
 def draw_size(runs: list[visual.Run], size: str) -> list[str]:
-    """Figures of the runs of one size, and what the README says of them."""
+    """Figures of the runs of one size, and what the README says of them: first of those in figures, then of all else."""
     if not runs:
         return []
     flags = " --quick" if size else ""
     experiments = visual.arms_of(runs)
-    rows = [row_of(arm) for arms in experiments.values() for arm in arms]
+    figures = {experiment: drawn(arms) for experiment, arms in experiments.items()}
+    shown = {id(arm) for of_networks in figures.values() for together in of_networks.values() for arm in together}
+    table: list[dict[str, str]] = []
+    others: list[dict[str, str]] = []
+    for arm in (arm for arms in experiments.values() for arm in arms):
+        (table if id(arm) in shown else others).append(row_of(arm))
     text = [f"### {SIZES[size]}", "", f"`./main.py --train{flags} --experiment=... --replay-mode=... --seed=...`, and:"]
-    text += ["", visual.markdown(rows), ""]
-    for experiment, arms in experiments.items():
-        for networks, together in drawn(arms).items():
+    text += ["", visual.markdown(table), ""]
+    if others:
+        text += ["The same with other flags, to see what they change:", "", visual.markdown(others), ""]
+    for experiment, of_networks in figures.items():
+        for networks, together in of_networks.items():
             text += draw_experiment(together, ARTS / f"{experiment}{size}{networks}", size)
     return text
 
@@ -177,7 +196,8 @@ def draw_experiment(arms: list[visual.Arm], stem: Path, size: str) -> list[str]:
             path = stem.with_name(f"{stem.name}-{kind}.png")
             visual.write_figure(figure, path)
             if kind in SHOWN:
-                text += [f"![{SHOWN[kind]}]({rel(path)})", ""]
+                caption = SHOWN["precision"] if experiment in main.CHAINS else SHOWN[kind]
+                text += [f"![{caption}]({rel(path)})", ""]
     if experiment in main.CHAINS:
         text += [chain_table(arms[-1]), ""]
     animation = stem.with_name(f"{stem.name}.gif")

@@ -302,6 +302,7 @@ def test_malicious_checkpoint_is_not_executed(copy_of_trained):
         (["--train", "--solver-channel-size=1001"], ["--solver-channel-size", "multiple of 8"]),
         (["--train", "--solver-depth=1"], ["--solver-depth", "from 2"]),
         (["--train", "--solver-depth=3", "--solver-reducing-layers=3"], ["--solver-reducing-layers", "2 convolutions"]),
+        (["--train", "--cuda-graphs", "--no-gpus"], ["--cuda-graphs", "--no-gpus"]),
         (["--train", "--visdom-port=70000"], ["--visdom-port", "65535"]),
         (["--train", "--seed=-1"], ["--seed"]),
         (["--train", "--seed=" + "9" * 5000], ["--seed"]),
