@@ -166,7 +166,7 @@ def chain_table(arm: visual.Arm) -> str:
 
 
 def draw_size(runs: list[visual.Run], size: str) -> list[str]:
-    """Figures of the runs of one size, and what the README says of them: first of those in figures, then of all else."""
+    """Figures of the runs of one size, and what the README says: of the arms in figures, then of all others."""
     if not runs:
         return []
     flags = " --quick" if size else ""
