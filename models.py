@@ -71,7 +71,7 @@ def step(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
 class WGAN(dgr.Generator):
     """WGAN-GP: a generator that learns against a critic (Gulrajani et al. 2017, Algorithm 1)."""
 
-    functions_of_tensors = ("critic_step", "generator_step")
+    functions_of_tensors = ("critic_step", "generator_step")  # what --cuda-graphs captures
 
     def __init__(self, image_channels: int, options: ScholarOptions):
         net = gan.generator_network(
