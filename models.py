@@ -94,7 +94,7 @@ class WGAN(dgr.Generator):
         return losses | self.generator_step(len(real))
 
     def critic_step(self, real: Tensor) -> dict[str, Tensor]:
-        """Lines 4 to 9 of the algorithm, for a batch of real images."""
+        """Lines 4 to 9 of the algorithm, for real images (n, channels, 32, 32)."""
         self.critic.requires_grad_(True)
         with torch.no_grad():
             fake = self.net(self.noise(len(real)))
@@ -145,6 +145,7 @@ class VAE(dgr.Generator):
         return self.learn(inputs())
 
     def learn(self, x: Tensor) -> dict[str, Tensor]:
+        """The same for the images x (n, channels, 32, 32)."""
         mean, log_variance = self.encoder(x).chunk(2, dim=1)
         z = mean + (log_variance / 2).exp() * self.noise(len(x))
         reconstruction = F.binary_cross_entropy(self.net(z), x, reduction="sum") / len(x)
@@ -173,9 +174,11 @@ class Classifier(dgr.Solver):
         self.optimiser = options.optimiser(self.net)
 
     def update(self, loss: Loss, current: dgr.Pairs, replayed: dgr.Pairs) -> dict[str, Tensor]:
+        """One step down the gradient of loss(current, replayed)."""
         return self.learn(loss, *current, *replayed)
 
     def learn(self, loss: Loss, x: Tensor, y: Tensor, x_replayed: Tensor, y_replayed: Tensor) -> dict[str, Tensor]:
+        """The same as a function of tensors; shapes: see `dgr.Pairs`."""
         value = loss((x, y), (x_replayed, y_replayed))
         step(self.optimiser, value)
         return {"loss": value.detach()}
