@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 import scipy.io
-from conftest import ROOT, TINY, run, small_digits
+from conftest import ROOT, TINY, call, small_digits
 from PIL import Image
 from torch import nn
 
@@ -32,7 +32,7 @@ FOREIGN = {"--logdir", "--array", "--gpus", "--wrap", "--abbrev", "--always", "-
 
 
 def help_of(script):
-    process = run(script, "--help", cwd=ROOT)
+    process = call(script, "--help", cwd=ROOT)
     assert process.returncode == 0, process.stderr
     return process.stdout
 
@@ -155,7 +155,7 @@ def test_generator_of_the_readme_learns_and_replays(place, monkeypatch, capsys):
 def test_run_full_experiments_of_the_readme_is_a_list_of_runs(command, tmp_path):
     """With --dry-run: what each would start is a command line that main.py takes."""
     words = shlex.split(command.split("|")[0].split(">")[0])
-    process = run(
+    process = call(
         "run_full_experiments", *words[1:], *(["--dry-run"] if "--dry-run" not in words else []), cwd=tmp_path
     )
     assert process.returncode == 0, process.stderr

@@ -13,7 +13,7 @@ import types
 
 import pytest
 import test_resume
-from conftest import ROOT, TINY, assert_one_line_error, run, start, write_small_mnist
+from conftest import ROOT, TINY, assert_one_line_error, call, run, start, write_small_mnist
 
 import main
 
@@ -68,7 +68,7 @@ def test_seeds_side_by_side_equal_runs_alone(tmp_path, small_mnist):
         assert "average precision" in (tmp_path / f"results/seed-{seed}/{name}.log").read_text()
     assert "| noise-replay | 3, 5 | 0." in (tmp_path / "results/noise-replay.md").read_text()
     flags = ["--replay-mode=noise-replay", f"--data-dir={small_mnist}", *TINY, "--seed=5", "--result-dir=alone"]
-    assert run("main.py", "--train", *flags, cwd=tmp_path).returncode == 0
+    assert call("main.py", "--train", *flags, cwd=tmp_path).returncode == 0
     metrics = [(tmp_path / where / name / "metrics.csv").read_text() for where in ("alone", "results/seed-5")]
     assert metrics[0] == metrics[1]
 
@@ -102,15 +102,15 @@ def aside(directory):
 
 def test_a_finished_run_with_other_flags_is_not_taken_for_this_one(tmp_path, small_mnist):
     flags = ["--train", f"--data-dir={small_mnist}", *TINY]
-    assert run("main.py", *flags, cwd=tmp_path).returncode == 0
-    assert "nothing to resume" in run("main.py", *flags, "--resume", cwd=tmp_path).stdout
-    process = run("main.py", *flags, "--resume", "--lr=2e-3", cwd=tmp_path)
+    assert call("main.py", *flags, cwd=tmp_path).returncode == 0
+    assert "nothing to resume" in call("main.py", *flags, "--resume", cwd=tmp_path).stdout
+    process = call("main.py", *flags, "--resume", "--lr=2e-3", cwd=tmp_path)
     assert_one_line_error(process, 1, "--lr 0.001, not 0.002", "--resume")
 
 
 def test_interrupted_runs_go_on(tmp_path, small_mnist):
     """SIGTERM stops the runs under way with their states saved, and the same command does what is left."""
-    flags = ["noise-replay", "--seeds=0-1", "--jobs=2", f"--data-dir={small_mnist}", *TINY, "--solver-iterations=3000"]
+    flags = ["noise-replay", "--seeds=0-1", "--jobs=2", f"--data-dir={small_mnist}", *TINY, "--solver-iterations=1000"]
     with start("run_full_experiments", *flags, cwd=tmp_path) as process:
         states = [tmp_path / f"results/seed-{seed}/permutated-mnist-noise-replay-r0.3/metrics.csv" for seed in (0, 1)]
         limit = time.monotonic() + 120
@@ -130,7 +130,7 @@ def test_interrupted_runs_go_on(tmp_path, small_mnist):
 
 def test_dry_run_is_the_list_of_commands(tmp_path, full):
     """One run a line, each line complete, and nothing is touched."""
-    process = run("run_full_experiments", "--seeds=0-4", "--dry-run", "--lr=1e-3", cwd=tmp_path)
+    process = call("run_full_experiments", "--seeds=0-4", "--dry-run", "--lr=1e-3", cwd=tmp_path)
     lines = process.stdout.splitlines()
     assert process.returncode == 0 and len(lines) == 45 and not list(tmp_path.iterdir())
     names = set()
@@ -180,7 +180,7 @@ def test_nine_runs_have_their_settings(full):
     ],
 )
 def test_bad_usage_is_refused_before_the_first_run(tmp_path, arguments, word):
-    process = run("run_full_experiments", *arguments, cwd=tmp_path)
+    process = call("run_full_experiments", *arguments, cwd=tmp_path)
     assert_one_line_error(process, 2, word)
     assert process.stdout == "" and not list(tmp_path.iterdir())
 
@@ -221,7 +221,7 @@ def test_a_run_with_a_broken_summary_is_made_anew(tmp_path, small_mnist, content
 
 @pytest.mark.parametrize("seeds", ["4-0", "0-999999999", "1-2-3", ""])
 def test_seeds_that_are_no_list_are_refused(tmp_path, seeds):
-    assert_one_line_error(run("run_full_experiments", f"--seeds={seeds}", cwd=tmp_path), 2, "--seeds")
+    assert_one_line_error(call("run_full_experiments", f"--seeds={seeds}", cwd=tmp_path), 2, "--seeds")
 
 
 def test_a_lost_node_costs_a_run_nothing(tmp_path, small_mnist):

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import TINY, assert_one_line_error, run
+from conftest import TINY, assert_one_line_error, call
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -69,9 +69,9 @@ def test_any_command_line_ends_in_one_line_or_in_options(job, arguments):
     assert Path.cwd() == here
 
 
-@pytest.mark.parametrize("flag", ["--batch-size=2147483647", "--generator-z-size=2147483647"])
+@pytest.mark.parametrize("flag", ["--solver-channel-size=8388608", "--generator-z-size=2147483647"])
 def test_more_memory_than_there_is_is_one_line(tmp_path, small_mnist, flag):
-    process = run("main.py", "--train", f"--data-dir={small_mnist}", *TINY, flag, cwd=tmp_path)
+    process = call("main.py", "--train", f"--data-dir={small_mnist}", *TINY, flag, cwd=tmp_path)
     process.stderr = process.stderr.strip().splitlines()[-1]
     assert_one_line_error(process, 1, "out of memory", "--batch-size")
 

@@ -160,15 +160,14 @@ def relative_error(ours, expected):
 def test_critic_loss_in_each_precision_is_close_to_the_reference(dtype, bound, gradients_bound):
     """At the channels and batch of --quick, after the critic has learned a little: value and gradient."""
     options = replace(SMALL, generator_c_channel_size=16, generator_g_channel_size=16)
-    wgan = models.make_scholar(1, 10, options, compute_dtype=dtype).generator
+    wgan = models.make_scholar(1, 10, options).generator
     bars = torch.zeros(64, 1, 32, 32)
     bars[:, :, 10:20] = 1
     for _ in range(20):
         wgan.update(lambda: bars)
     wgan.critic.requires_grad_(True)
     critic, _ = reference.plain(wgan.critic.double(), options)
-    critic.compute_dtype = None
-    wgan.critic.float()
+    wgan.critic.float().compute_dtype = dtype
     fake = wgan.sample(64)
     torch.manual_seed(1)
     loss, _ = gan.critic_loss(wgan.critic, bars, fake, penalty_weight=10.0)

@@ -1,4 +1,4 @@
-"""main.py, started as a user starts it, at tiny sizes."""
+"""main.py at tiny sizes: as a user starts it, and its further uses in this process."""
 
 import csv
 import json
@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import TINY, assert_one_line_error, run, write_small_mnist
+from conftest import TINY, assert_one_line_error, call, run, write_small_mnist
 from PIL import Image
 from test_data import write_small_svhn, write_task
 
@@ -19,19 +19,19 @@ import main
 NAME = "permutated-mnist-generative-replay-r0.3"
 
 
-def train(cwd, small_mnist, *flags, **environment):
-    return run("main.py", "--train", "--data-dir", small_mnist, *TINY, *flags, cwd=cwd, **environment)
+def train(cwd, small_mnist, *flags, start=call):
+    return start("main.py", "--train", "--data-dir", small_mnist, *TINY, *flags, cwd=cwd)
 
 
-def draw(cwd, *flags):
-    return run("main.py", "--test", *TINY, *flags, cwd=cwd)
+def draw(cwd, *flags, start=call):
+    return start("main.py", "--test", *TINY, *flags, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, small_mnist):
     """A directory in which a scholar was trained, and what the run printed."""
     cwd = tmp_path_factory.mktemp("trained")
-    process = train(cwd, small_mnist)
+    process = train(cwd, small_mnist, start=run)
     assert process.returncode == 0, process.stderr
     return cwd, process
 
@@ -94,7 +94,7 @@ def test_progress_is_quiet_without_a_terminal(trained):
 
 def test_same_seed_same_files(trained, tmp_path, small_mnist):
     """Bit for bit, apart from times."""
-    assert train(tmp_path, small_mnist).returncode == 0
+    assert train(tmp_path, small_mnist, start=run).returncode == 0
     first, second = trained[0], tmp_path
     metrics = [(cwd / "results" / NAME / "metrics.csv").read_bytes() for cwd in (first, second)]
     assert metrics[0] == metrics[1]
@@ -228,7 +228,7 @@ def test_unreachable_data_is_one_line_with_a_way_out(tmp_path):
 
 
 def test_samples_are_drawn_six_a_row(copy_of_trained):
-    process = draw(copy_of_trained)
+    process = draw(copy_of_trained, start=run)
     assert process.returncode == 0 and process.stdout == f"samples: samples/{NAME}-sample.jpg\n"
     with Image.open(copy_of_trained / "samples" / f"{NAME}-sample.jpg") as picture:
         assert picture.size == (6 * 34 + 2, 2 * 34 + 2)
@@ -340,7 +340,7 @@ def test_bad_usage_from_the_shell(tmp_path):
 
 def test_result_directory_that_vanishes_from_under_a_flag_is_one_line(tmp_path, small_mnist):
     (tmp_path / "data").symlink_to("nowhere")
-    process = run("main.py", "--train", "--data-dir", "data", *TINY, cwd=tmp_path)
+    process = call("main.py", "--train", "--data-dir", "data", *TINY, cwd=tmp_path)
     assert_one_line_error(process, 1, "data")
 
 
