@@ -110,7 +110,8 @@ def test_a_finished_run_with_other_flags_is_not_taken_for_this_one(tmp_path, sma
 
 def test_interrupted_runs_go_on(tmp_path, small_mnist):
     """SIGTERM stops the runs under way with their states saved, and the same command does what is left."""
-    flags = ["noise-replay", "--seeds=0-1", "--jobs=2", f"--data-dir={small_mnist}", *TINY, "--solver-iterations=1000"]
+    own = ["--solver-iterations=1500", "--eval-log-interval=100"]
+    flags = ["noise-replay", "--seeds=0-1", "--jobs=2", f"--data-dir={small_mnist}", *TINY, *own]
     with start("run_full_experiments", *flags, cwd=tmp_path) as process:
         states = [tmp_path / f"results/seed-{seed}/permutated-mnist-noise-replay-r0.3/metrics.csv" for seed in (0, 1)]
         limit = time.monotonic() + 120
