@@ -350,6 +350,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for directory in written:
         if problem := utils.not_writable(getattr(options, directory)):
             parser.error(f"argument {flag(directory)}: {problem}")
+    if options.train:
+        for directory in ("result_dir", *["sample_dir"] * options.sample_log):
+            if getattr(options, directory).resolve() == options.checkpoint_dir.resolve():
+                parser.error(
+                    f"argument --checkpoint-dir: it is {flag(directory)} too, where the run has a directory of the name "
+                    "that its scholar's file would have: give another"
+                )
     return options
 
 
