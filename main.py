@@ -354,8 +354,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         for directory in ("result_dir", *["sample_dir"] * options.sample_log):
             if getattr(options, directory).resolve() == options.checkpoint_dir.resolve():
                 parser.error(
-                    f"argument --checkpoint-dir: it is {flag(directory)} too, where the run has a directory of the name "
-                    "that its scholar's file would have: give another"
+                    f"argument --checkpoint-dir: it is {flag(directory)} too, where the run has a directory of the "
+                    "name that its scholar's file would have: give another"
                 )
     return options
 

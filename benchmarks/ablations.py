@@ -1,0 +1,181 @@
+#!/usr/bin/env python3
+"""What each choice of this implementation is worth: permuted MNIST with one thing done another way at a time.
+
+    benchmarks/ablations.py                         all variations, three seeds; finished runs are skipped
+    benchmarks/ablations.py "z times 0.1" --seeds 0 1
+
+A variation is what the 2017 repository does (see README.md, *How this differs*), or a flag. The runs are those of
+FLAGS: smaller than --quick, so that a run takes minutes on one core. Their files are left in results/ablations, and
+what they come to in results/ablations.json.
+"""
+
+import contextlib
+import copy
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import dgr
+import gan
+import main
+import models
+import train
+import utils
+import visual
+
+FLAGS = [
+    *("--train", "--quick", "--resume", "--no-visdom"),
+    *("--generator-c-channel-size=8", "--generator-g-channel-size=8", "--solver-channel-size=128"),
+    *("--batch-size=32", "--generator-iterations=300", "--eval-log-interval=300"),
+]
+
+# --------------------------------------------------------------------------------------- the other ways
+
+
+def two_forwards(
+    solver: dgr.Solver, current: dgr.Pairs, replayed: dgr.Pairs, r: float, temperature: float = 1.0
+) -> Tensor:
+    """Equation 1 with real and replayed images in a forward each: batch normalisation takes each for a batch."""
+    (x, y), (x_replayed, y_replayed) = current, replayed
+    loss = dgr.loss(solver(x), y, temperature)
+    if len(y_replayed) == 0:
+        return loss
+    return r * loss + (1 - r) * dgr.loss(solver(x_replayed), y_replayed, temperature)
+
+
+@contextlib.contextmanager
+def answering_in_training_mode(module: nn.Module) -> Iterator[None]:
+    """Batch normalisation by the statistics of the batch at hand, which the running ones take in."""
+    with torch.no_grad():
+        yield
+
+
+def frozen_in_training_mode(network: nn.Module) -> nn.Module:
+    return copy.deepcopy(network).train().requires_grad_(False)
+
+
+def penalty_of_pixels(critic: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
+    """The norm over the channels of each pixel, instead of over all values of an image."""
+    epsilon = torch.rand(len(real), 1, 1, 1)
+    x_hat = (epsilon * real + (1 - epsilon) * fake).requires_grad_()
+    (gradient,) = torch.autograd.grad(critic(x_hat).sum(), x_hat, create_graph=True)
+    return (gradient.norm(dim=1) - 1).square().mean()
+
+
+def one_batch_for_all(update: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+    """A generator's update in which every critic update sees the same batch."""
+
+    def updating(self: models.WGAN, inputs: Callable[[], Tensor]) -> dict[str, Tensor]:
+        x = inputs()
+        return update(self, lambda: x)
+
+    return updating
+
+
+def two_losses(
+    generator: models.WGAN,
+    current: dgr.Source,
+    replay: dgr.Source | None,
+    *,
+    r: float,
+    iterations: int,
+    batch_size: int,
+) -> Iterator[dict[str, Tensor]]:
+    """A critic's loss for current images and one for replayed ones, weighted r and 1 - r, instead of one for a mix."""
+    generator.train()
+    sources = [(current, 1.0)] if replay is None else [(current, r), (replay, 1 - r)]
+    for _ in range(iterations):
+        for _ in range(generator.critic_updates):
+            generator.critic.requires_grad_(True)
+            losses = []
+            for source, weight in sources:
+                with torch.no_grad():
+                    fake = generator.net(generator.noise(batch_size))
+                real = source.inputs(batch_size)
+                loss, _ = gan.critic_loss(generator.critic, real, fake, penalty_weight=generator.penalty_weight)
+                losses.append(weight * loss)
+            models.step(generator.critic_optimiser, sum(losses))
+        yield generator.generator_step(batch_size)
+
+
+def tenth(noise: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda self, n: 0.1 * noise(self, n)
+
+
+def standard_normal(self: dgr.NoiseReplay, n: int) -> Tensor:
+    return torch.randn(n, *self._shape)
+
+
+# Name: further flags, and what is put in the place of what.
+VARIATIONS: dict[str, tuple[list[str], list[tuple[Any, str, Any]]]] = {
+    "as it is": ([], []),
+    "hard targets": (["--replay-targets=hard"], []),
+    "r = 0.3": (["--importance-of-new-task=0.3"], []),
+    "two forwards of the solver": ([], [(dgr, "solver_loss", two_forwards)]),
+    "training mode throughout": (
+        [],
+        [(dgr, "answering", answering_in_training_mode), (dgr, "frozen", frozen_in_training_mode)],
+    ),
+    "one batch for five critic updates": ([], [(models.WGAN, "update", one_batch_for_all(models.WGAN.update))]),
+    "norm over channels": ([], [(gan, "gradient_penalty", penalty_of_pixels)]),
+    "z times 0.1": ([], [(dgr.Generator, "noise", tenth(dgr.Generator.noise))]),
+    "two losses instead of the mix": ([], [(dgr, "learn_generator", two_losses)]),
+    "noise replay": (["--replay-mode=noise-replay"], []),
+    "noise replay, standard normal": (
+        ["--replay-mode=noise-replay"],
+        [(dgr.NoiseReplay, "draw", standard_normal)],
+    ),
+}
+
+# ------------------------------------------------------------------------------------------------- the runs
+
+
+def learn(variation: str, seed: int, flags: list[str], results: Path) -> float:
+    """The average precision of a run, which is made if there is none."""
+    own, patches = VARIATIONS[variation]
+    place = results / "ablations" / variation.replace(" ", "-") / f"seed-{seed}"
+    places = [f"--{kind}-dir={place / kind}" for kind in ("result", "checkpoint", "sample")]
+    options = main.parse([*FLAGS, *own, f"--seed={seed}", *places, *flags])
+    with contextlib.ExitStack() as stack:
+        for target, name, other in patches:
+            stack.enter_context(mock.patch.object(target, name, other))
+        main.run_training(options)
+    return visual.Run(options.result_dir / main.run_name(options)).summary["average_precision"]
+
+
+def run() -> None:
+    parser = utils.Parser(
+        description=__doc__.split("\n\n")[0],
+        epilog="Further flags go to every run: see main.py --help.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "variations", nargs="*", metavar="VARIATION", help=f"which (default: all): {', '.join(VARIATIONS)}"
+    )
+    parser.add_argument("--seeds", nargs="+", type=main.integer(0), default=[0, 1, 2], metavar="N")
+    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="(default: %(default)s)")
+    here, flags = parser.parse_known_args()
+    if unknown := [name for name in here.variations if name not in VARIATIONS]:
+        parser.error(f"no such variation: {unknown[0]!r}; there are: {', '.join(VARIATIONS)}")
+    rows = []
+    for variation in here.variations or VARIATIONS:
+        values = [learn(variation, seed, flags, here.results) for seed in here.seeds]
+        rows.append({"variation": variation, "seeds": here.seeds, "average_precision": values})
+    content = {"commit": utils.commit(), "flags": FLAGS + flags, "rows": rows}
+    train.write_json(here.results / "ablations.json", content)
+    for row in rows:
+        values = row["average_precision"]
+        deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+        print(f"{row['variation']:<36} {statistics.mean(values):.3f}{deviation}")
+
+
+if __name__ == "__main__":
+    utils.run_program(run)
