@@ -11,7 +11,6 @@ what they come to in results/ablations.json.
 
 import contextlib
 import copy
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,7 +31,8 @@ import utils
 import visual
 
 FLAGS = [
-    *("--train", "--quick", "--resume", "--no-visdom"),
+    "--train",
+    "--quick",
     *("--generator-c-channel-size=8", "--generator-g-channel-size=8", "--solver-channel-size=128"),
     *("--batch-size=32", "--generator-iterations=300", "--eval-log-interval=300"),
 ]
@@ -138,43 +138,45 @@ VARIATIONS: dict[str, tuple[list[str], list[tuple[Any, str, Any]]]] = {
 # ------------------------------------------------------------------------------------------------- the runs
 
 
-def learn(variation: str, seed: int, flags: list[str], results: Path) -> float:
-    """The average precision of a run, which is made if there is none."""
+def learn(variation: str, seed: int, flags: list[str], results: Path) -> visual.Run:
+    """A finished run of this variation, which is made if there is none."""
     own, patches = VARIATIONS[variation]
     place = results / "ablations" / variation.replace(" ", "-") / f"seed-{seed}"
     places = [f"--{kind}-dir={place / kind}" for kind in ("result", "checkpoint", "sample")]
-    options = main.parse([*FLAGS, *own, f"--seed={seed}", *places, *flags])
+    options = main.parse([*FLAGS, *own, f"--seed={seed}", *places, *flags, "--resume", "--no-visdom"])
     with contextlib.ExitStack() as stack:
         for target, name, other in patches:
             stack.enter_context(mock.patch.object(target, name, other))
         main.run_training(options)
-    return visual.Run(options.result_dir / main.run_name(options)).summary["average_precision"]
+    return visual.Run(options.result_dir / main.run_name(options))
 
 
 def run() -> None:
     parser = utils.Parser(
         description=__doc__.split("\n\n")[0],
-        epilog="Further flags go to every run: see main.py --help.",
+        epilog="Further flags, written --flag=value, go to every run: see main.py --help.",
         allow_abbrev=False,
     )
     parser.add_argument(
-        "variations", nargs="*", metavar="VARIATION", help=f"which (default: all): {', '.join(VARIATIONS)}"
+        "variations", nargs="*", metavar="VARIATION", help=f"which (default: all): {'; '.join(VARIATIONS)}"
     )
     parser.add_argument("--seeds", nargs="+", type=main.integer(0), default=[0, 1, 2], metavar="N")
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="(default: %(default)s)")
     here, flags = parser.parse_known_args()
     if unknown := [name for name in here.variations if name not in VARIATIONS]:
-        parser.error(f"no such variation: {unknown[0]!r}; there are: {', '.join(VARIATIONS)}")
-    rows = []
-    for variation in here.variations or VARIATIONS:
-        values = [learn(variation, seed, flags, here.results) for seed in here.seeds]
-        rows.append({"variation": variation, "seeds": here.seeds, "average_precision": values})
-    content = {"commit": utils.commit(), "flags": FLAGS + flags, "rows": rows}
+        parser.error(f"no such variation: {unknown[0]!r}; there are: {'; '.join(VARIATIONS)}")
+    runs = {
+        variation: [learn(variation, seed, flags, here.results) for seed in here.seeds]
+        for variation in here.variations or VARIATIONS
+    }
+    precisions = {name: [run.summary["average_precision"] for run in of_name] for name, of_name in runs.items()}
+    configs = [run.config for of_name in runs.values() for run in of_name]
+    where = {key: sorted({str(config[key]) for config in configs}) for key in ("commit", "device")}
+    content = {"flags": FLAGS[1:] + flags, "seeds": here.seeds, **where, "average_precision": precisions}
     train.write_json(here.results / "ablations.json", content)
-    for row in rows:
-        values = row["average_precision"]
-        deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-        print(f"{row['variation']:<36} {statistics.mean(values):.3f}{deviation}")
+    print(f"\naverage precision, seeds {here.seeds}:")
+    for name, values in precisions.items():
+        print(f"  {name:<36} {visual.spread(values, 3)}")
 
 
 if __name__ == "__main__":

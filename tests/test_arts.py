@@ -6,7 +6,7 @@ import re
 import shutil
 
 import pytest
-from conftest import ROOT, TINY, call
+from conftest import ROOT, TINY, assert_one_line_error, call
 
 
 @pytest.fixture
@@ -59,3 +59,21 @@ def test_benchmark_has_its_rows(tmp_path):
     for row in rows:
         assert set(row) == {"name", "device", "ours_ms", "plain_ms", "ratio", "limit_share"}
         assert row["ratio"] == pytest.approx(row["plain_ms"] / row["ours_ms"]) and 0 < row["limit_share"] < 1
+
+
+def test_every_variation_changes_what_is_learned(tmp_path, small_mnist):
+    flags = ["--seeds", "0", f"--data-dir={small_mnist}", *TINY]
+    process = call("benchmarks/ablations.py", *flags, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    content = json.loads((tmp_path / "results/ablations.json").read_text())
+    names = list(content["average_precision"])
+    assert len(names) > 10 and all(f"  {name} " in process.stdout for name in names)
+    metrics = [path.read_text() for path in tmp_path.glob("results/ablations/*/seed-0/result/*/metrics.csv")]
+    assert len(metrics) == len(set(metrics)) == len(names)
+    again = call("benchmarks/ablations.py", *flags, cwd=tmp_path)
+    assert again.stdout.count("there is nothing to resume") == len(names)
+    assert json.loads((tmp_path / "results/ablations.json").read_text()) == content
+
+
+def test_unknown_variation_is_one_line(tmp_path):
+    assert_one_line_error(call("benchmarks/ablations.py", "no gravity", cwd=tmp_path), 2, "'no gravity'", "as it is")

@@ -26,7 +26,7 @@ README = (ROOT / "README.md").read_text()
 SOURCES = sorted(
     [*ROOT.glob("*.py"), *ROOT.glob("arts/*.py"), *ROOT.glob("benchmarks/*.py"), ROOT / "run_full_experiments"]
 )
-SCRIPTS = ["visual.py", "arts/figures.py", "benchmarks/bench.py", "run_full_experiments"]
+SCRIPTS = ["visual.py", "arts/figures.py", "benchmarks/bench.py", "benchmarks/ablations.py", "run_full_experiments"]
 # Flags of other programs that are named: visdom's server (with one dash: not found here), SLURM, pip, git.
 FOREIGN = {"--logdir", "--array", "--gpus", "--wrap", "--abbrev", "--always", "--dirty"}
 
