@@ -3,11 +3,13 @@
 
     arts/figures.py                                 all figures, and the README between its two marks
     arts/figures.py --keep results/NAME ...         first copy finished runs to arts/runs: no paths, fewer loss rows
+    cp results/ablations.json arts                  what benchmarks/ablations.py has found, for the last table
 
 README.md holds the tables between `<!-- results -->` and `<!-- end of results -->`.
 """
 
 import csv
+import json
 import re
 import shutil
 import sys
@@ -213,9 +215,21 @@ SHOWN = {
 }
 
 
+def ablations() -> list[str]:
+    """What the README says of the runs of benchmarks/ablations.py."""
+    content = json.loads((ARTS / "ablations.json").read_text())
+    seeds, commits = ", ".join(map(str, content["seeds"])), ", ".join(commit[:7] for commit in content["commit"])
+    made = f"seeds {seeds}; {', '.join(content['device'])}; commit {commits}"
+    values = content["average_precision"]
+    rows = [{"permutated-mnist": name, "average precision": visual.spread(own, 3)} for name, own in values.items()]
+    lead = "One thing at a time done as the 2017 repository does it, or by a flag (`benchmarks/ablations.py`), with"
+    return ["### One thing at a time", "", f"{lead} {code(content['flags'])}; {made}:", "", visual.markdown(rows), ""]
+
+
 def draw_all() -> None:
     runs = visual.find_runs([RUNS])
     text = [line for size in SIZES for line in draw_size([run for run in runs if size_of(run) == size], size)]
+    text += ablations()
     new = MARKS.sub(lambda marks: marks[1] + "\n".join(text) + marks[2], README.read_text())
     with atomic_write(README) as file:
         file.write(new)
