@@ -64,7 +64,7 @@ def frozen_in_training_mode(network: nn.Module) -> nn.Module:
 
 def penalty_of_pixels(critic: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
     """The norm over the channels of each pixel, instead of over all values of an image."""
-    epsilon = torch.rand(len(real), 1, 1, 1)
+    epsilon = torch.rand(len(real), 1, 1, 1, device=real.device)
     x_hat = (epsilon * real + (1 - epsilon) * fake).requires_grad_()
     (gradient,) = torch.autograd.grad(critic(x_hat).sum(), x_hat, create_graph=True)
     return (gradient.norm(dim=1) - 1).square().mean()
@@ -111,7 +111,7 @@ def tenth(noise: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def standard_normal(self: dgr.NoiseReplay, n: int) -> Tensor:
-    return torch.randn(n, *self._shape)
+    return torch.randn(n, *self._shape, device=self._deviation_and_mean.device)
 
 
 # Name: further flags, and what is put in the place of what.
