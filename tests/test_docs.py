@@ -76,11 +76,14 @@ def test_every_flag_that_is_named_exists(flags):
         assert not unknown, f"{where} names {unknown}"
 
 
-def test_every_file_that_is_linked_exists():
-    links = re.findall(r"\]\((?!http)(.*?)\)", README)
+def test_every_file_and_heading_that_is_linked_exists():
+    links = re.findall(r"\]\((?!http)(.*?)\)", README, re.DOTALL)
+    headings = {
+        re.sub(r"[^a-z0-9 -]", "", line.lower()).replace(" ", "-") for line in re.findall("^#+ (.*)", README, re.M)
+    }
     assert len(links) > 5
     for link in links:
-        assert (ROOT / link).exists(), link
+        assert link[1:] in headings if link.startswith("#") else (ROOT / link).exists(), link
 
 
 def commands():
