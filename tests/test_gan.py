@@ -155,7 +155,8 @@ def relative_error(ours, expected):
     return ((ours - expected).norm() / expected.norm()).item()
 
 
-# Measured in bf16: 1e-3 for the loss and 8e-3 for its gradient where the CPU has it, 4e-3 and 8e-2 where it has not.
+# Measured in bf16: 5e-3 for the loss and 8e-2 for its gradient where the CPU has to emulate it; where it has it, 1e-3
+# and 8e-3, of a critic that had learned in bf16 too.
 @pytest.mark.parametrize(("dtype", "bound", "gradients_bound"), [(None, 1e-4, 1e-4), (torch.bfloat16, 2e-2, 0.15)])
 def test_critic_loss_in_each_precision_is_close_to_the_reference(dtype, bound, gradients_bound):
     """At the channels and batch of --quick, after the critic has learned a little: value and gradient."""
