@@ -3,7 +3,7 @@
 
     arts/figures.py                                 all figures, and the README between its two marks
     arts/figures.py --keep results/NAME ...         first copy finished runs to arts/runs: no paths, fewer loss rows
-    cp results/ablations.json arts                  what benchmarks/ablations.py has found, for the last table
+    arts/figures.py --keep-ablations results        first copy what benchmarks/ablations.py has left there
 
 README.md holds the tables between `<!-- results -->` and `<!-- end of results -->`.
 """
@@ -26,6 +26,7 @@ import visual  # noqa: E402
 from utils import Parser, UserError, atomic_write, run_program  # noqa: E402
 
 RUNS = ARTS / "runs"
+ABLATIONS = ARTS / "ablations"
 README = ROOT / "README.md"
 MARKS = re.compile(r"(<!-- results -->\n).*(<!-- end of results -->)", re.DOTALL)
 SIZES = {"": "Full size", "-quick": "`--quick` size"}
@@ -42,32 +43,46 @@ def keep(directory: Path, suffix: str = "") -> Path:
     if run.options["tasks"]:
         raise UserError(f"{directory} has tasks of its own, and no experiment of the README")
     target = RUNS / f"{run.name}{size_of(run)}-seed{run.seed}{suffix}"
-    if target.exists() and target.samefile(directory):
-        return target
+    if not (target.exists() and target.samefile(directory)):
+        copy_run(run, target)
+    return target
+
+
+def copy_run(run: visual.Run, target: Path) -> None:
+    """Copy the files of a run without paths of this machine, and with fewer rows of losses."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     kept_samples = run.kept_samples()
     for path in run.options:
         if path.endswith("_dir"):
             run.options[path] = ""
-    run.config["command"] = ["./main.py", *without_paths(run.config["command"][1:])]
+    script, *words = run.config["command"]
+    script = "benchmarks/ablations.py" if Path(script).name == "ablations.py" else "./main.py"
+    run.config["command"] = [script, *without_paths(words)]
     for name, content in (("config", run.config), ("summary", run.summary)):
         train.write_json(target / f"{name}.json", content)
     with (target / "metrics.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, run.rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(row for row in run.rows if stays(row, run.options))
-    if (directory / visual.SAMPLES).exists():
-        shutil.copy(directory / visual.SAMPLES, target)
+    if (run.directory / visual.SAMPLES).exists():
+        shutil.copy(run.directory / visual.SAMPLES, target)
     for path in kept_samples.values():
         (target / visual.SAMPLE_LOG).mkdir(exist_ok=True)
         shutil.copy(path, target / visual.SAMPLE_LOG)
-    return target
+
+
+def keep_ablations(results: Path) -> None:
+    """Copy the runs of benchmarks/ablations.py, and its list of them."""
+    for path in sorted(results.glob("ablations/*/seed-*/result/*/summary.json")):
+        seed = path.parents[2]
+        copy_run(visual.Run(path.parent), ABLATIONS / seed.parent.name / seed.name)
+    shutil.copy(results / "ablations.json", ABLATIONS)
 
 
 def without_paths(words: list[str]) -> list[str]:
     """A command without the flags that name directories."""
-    named = [i for i, word in enumerate(words) if re.match(r"--[a-z]+-dir", word)]
+    named = [i for i, word in enumerate(words) if re.match(r"--([a-z]+-dir|results)\b", word)]
     gone = {*named, *(i + 1 for i in named if "=" not in words[i])}
     return [word for i, word in enumerate(words) if i not in gone]
 
@@ -217,11 +232,15 @@ SHOWN = {
 
 def ablations() -> list[str]:
     """What the README says of the runs of benchmarks/ablations.py."""
-    content = json.loads((ARTS / "ablations.json").read_text())
+    content = json.loads((ABLATIONS / "ablations.json").read_text())
+    rows = []
+    for name in content["average_precision"]:
+        runs = [visual.Run(ABLATIONS / name.replace(" ", "-") / f"seed-{seed}") for seed in content["seeds"]]
+        precisions, seconds = ([run.summary[key] for run in runs] for key in ("average_precision", "seconds"))
+        spreads = {"average precision": visual.spread(precisions, 3), "seconds": visual.spread(seconds, 0)}
+        rows.append({"permutated-mnist": name} | spreads)
     seeds, commits = ", ".join(map(str, content["seeds"])), ", ".join(commit[:7] for commit in content["commit"])
     made = f"seeds {seeds}; {', '.join(content['device'])}; commit {commits}"
-    values = content["average_precision"]
-    rows = [{"permutated-mnist": name, "average precision": visual.spread(own, 3)} for name, own in values.items()]
     lead = "One thing at a time done as the 2017 repository does it, or by a flag (`benchmarks/ablations.py`), with"
     return ["### One thing at a time", "", f"{lead} {code(content['flags'])}; {made}:", "", visual.markdown(rows), ""]
 
@@ -242,10 +261,13 @@ def rel(path: Path) -> str:
 def run() -> None:
     parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--keep", nargs="+", type=Path, metavar="RUN", default=[], help="runs to keep in arts/runs")
+    parser.add_argument("--keep-ablations", type=Path, metavar="DIR", help="results of benchmarks/ablations.py to keep")
     parser.add_argument("--suffix", default="", metavar="TEXT", help="ends their names, where other flags were chosen")
     options = parser.parse_args()
     for directory in options.keep:
         print(f"kept: {keep(directory, options.suffix)}")
+    if options.keep_ablations:
+        keep_ablations(options.keep_ablations)
     draw_all()
 
 

@@ -17,7 +17,13 @@ def figures(tmp_path, monkeypatch):
     spec.loader.exec_module(module)
     shutil.copytree(ROOT / "arts", tmp_path / "arts")
     shutil.copy(ROOT / "README.md", tmp_path)
-    for name, path in {"ROOT": "", "ARTS": "arts", "RUNS": "arts/runs", "README": "README.md"}.items():
+    for name, path in {
+        "ROOT": "",
+        "ARTS": "arts",
+        "RUNS": "arts/runs",
+        "ABLATIONS": "arts/ablations",
+        "README": "README.md",
+    }.items():
         monkeypatch.setattr(module, name, tmp_path / path)
     return module
 
@@ -61,8 +67,8 @@ def test_benchmark_has_its_rows(tmp_path):
         assert row["ratio"] == pytest.approx(row["plain_ms"] / row["ours_ms"]) and 0 < row["limit_share"] < 1
 
 
-def test_every_variation_changes_what_is_learned(tmp_path, small_mnist):
-    flags = ["--seeds", "0", f"--data-dir={small_mnist}", *TINY]
+def test_every_variation_changes_what_is_learned_and_is_kept(figures, tmp_path, small_mnist):
+    flags = ["--seeds", "0", f"--results={tmp_path / 'results'}", f"--data-dir={small_mnist}", *TINY]
     process = call("benchmarks/ablations.py", *flags, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     content = json.loads((tmp_path / "results/ablations.json").read_text())
@@ -73,6 +79,12 @@ def test_every_variation_changes_what_is_learned(tmp_path, small_mnist):
     again = call("benchmarks/ablations.py", *flags, cwd=tmp_path)
     assert again.stdout.count("there is nothing to resume") == len(names)
     assert json.loads((tmp_path / "results/ablations.json").read_text()) == content
+    shutil.rmtree(figures.ABLATIONS)
+    figures.keep_ablations(tmp_path / "results")
+    assert str(tmp_path) not in "".join(path.read_text() for path in figures.ABLATIONS.rglob("*.json"))
+    table = "\n".join(figures.ablations())
+    for name, (value,) in content["average_precision"].items():
+        assert f"| {name} | {value:.3f} | " in table
 
 
 def test_unknown_variation_is_one_line(tmp_path):
