@@ -69,6 +69,16 @@ class Convolution(nn.Conv2d):
         return y.view(len(x), height, width, -1).permute(0, 3, 1, 2)
 
 
+class LeakyReLU(nn.LeakyReLU):
+    """x where it is positive, elsewhere slope * x: here as x times a constant, which has no derivative.
+
+    PyTorch's own has a second derivative, of zeros, which the penalty's backward pass takes through the whole critic.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.full_like(x, self.negative_slope).masked_fill_(x > 0, 1)
+
+
 def generator_network(*, z_size: int, channel_size: int, image_channels: int) -> Network:
     """The network from noise (n, z_size), standard normal, to images.
 
@@ -101,7 +111,7 @@ def critic_network(*, channel_size: int, image_channels: int) -> Network:
     c = channel_size
 
     def downsample(channels_in: int, channels_out: int) -> list[nn.Module]:
-        return [Convolution(channels_in, channels_out, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        return [Convolution(channels_in, channels_out, 4, stride=2, padding=1), LeakyReLU(0.2)]
 
     return Network(
         *downsample(image_channels, c),  # (n, c, 16, 16)

@@ -4,15 +4,16 @@
     benchmarks/ablations.py                         all variations, three seeds; finished runs are skipped
     benchmarks/ablations.py "z times 0.1" --seeds 0 1
 
-A variation is what the 2017 repository does (see README.md, *How this differs*), or a flag. The runs are those of
-FLAGS: smaller than --quick, so that a run takes minutes on one core. Their files are left in results/ablations, and
-what they come to in results/ablations.json.
+A variation is what the 2017 repository does (see README.md, *How this differs*), a flag, or more or less of something.
+The runs are those of FLAGS: smaller than --quick, so that a run takes minutes on one core. Their files are left in
+results/ablations, and what they come to in results/ablations.json.
 """
 
 import contextlib
 import copy
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -114,24 +115,70 @@ def standard_normal(self: dgr.NoiseReplay, n: int) -> Tensor:
     return torch.randn(n, *self._shape, device=self._deviation_and_mean.device)
 
 
-# Name: further flags, and what is put in the place of what.
-VARIATIONS: dict[str, tuple[list[str], list[tuple[Any, str, Any]]]] = {
-    "as it is": ([], []),
-    "hard targets": (["--replay-targets=hard"], []),
-    "r = 0.3": (["--importance-of-new-task=0.3"], []),
-    "two forwards of the solver": ([], [(dgr, "solver_loss", two_forwards)]),
-    "training mode throughout": (
-        [],
-        [(dgr, "answering", answering_in_training_mode), (dgr, "frozen", frozen_in_training_mode)],
+def bare_first_convolution(initialise: Callable[..., None]) -> Callable[..., None]:
+    """A solver's `__init__` without normalisation and ReLU after the first convolution."""
+
+    def initialising(self: models.CNN, image_channels: int, classes: int, options: models.ScholarOptions) -> None:
+        initialise(self, image_channels, classes, options)
+        del self.net[1:3]
+        self.optimiser = options.optimiser(self.net)
+
+    return initialising
+
+
+def small_normal_weights(initialise: Callable[..., None]) -> Callable[..., None]:
+    """A WGAN-GP's `__init__` with weights of a normal distribution, deviation 0.02, and no bias at the start."""
+
+    def initialising(self: models.WGAN, image_channels: int, options: models.ScholarOptions) -> None:
+        initialise(self, image_channels, options)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+    return initialising
+
+
+@dataclass(frozen=True)
+class Variation:
+    """One thing done another way: further flags, options times a factor, or functions (of what, name) replaced."""
+
+    flags: list[str] = field(default_factory=list)
+    times: dict[str, float] = field(default_factory=dict)
+    instead: dict[tuple[Any, str], Any] = field(default_factory=dict)
+
+
+WIDTHS = ("generator_c_channel_size", "generator_g_channel_size", "solver_channel_size")
+
+VARIATIONS = {
+    "as it is": Variation(),
+    "hard targets": Variation(["--replay-targets=hard"]),
+    "r = 0.3": Variation(["--importance-of-new-task=0.3"]),
+    "two forwards of the solver": Variation(instead={(dgr, "solver_loss"): two_forwards}),
+    "training mode throughout": Variation(
+        instead={(dgr, "answering"): answering_in_training_mode, (dgr, "frozen"): frozen_in_training_mode}
     ),
-    "one batch for five critic updates": ([], [(models.WGAN, "update", one_batch_for_all(models.WGAN.update))]),
-    "norm over channels": ([], [(gan, "gradient_penalty", penalty_of_pixels)]),
-    "z times 0.1": ([], [(dgr.Generator, "noise", tenth(dgr.Generator.noise))]),
-    "two losses instead of the mix": ([], [(dgr, "learn_generator", two_losses)]),
-    "noise replay": (["--replay-mode=noise-replay"], []),
-    "noise replay, standard normal": (
-        ["--replay-mode=noise-replay"],
-        [(dgr.NoiseReplay, "draw", standard_normal)],
+    "one batch for five critic updates": Variation(
+        instead={(models.WGAN, "update"): one_batch_for_all(models.WGAN.update)}
+    ),
+    "norm over channels": Variation(instead={(gan, "gradient_penalty"): penalty_of_pixels}),
+    "z times 0.1": Variation(instead={(dgr.Generator, "noise"): tenth(dgr.Generator.noise)}),
+    "two losses instead of the mix": Variation(instead={(dgr, "learn_generator"): two_losses}),
+    "bare first convolution of the solver": Variation(
+        instead={(models.CNN, "__init__"): bare_first_convolution(models.CNN.__init__)}
+    ),
+    "small normal weights of the WGAN-GP": Variation(
+        instead={(models.WGAN, "__init__"): small_normal_weights(models.WGAN.__init__)}
+    ),
+    "width times 2": Variation(times=dict.fromkeys(WIDTHS, 2)),
+    "learning rate times 3": Variation(times={"lr": 3}),
+    "learning rate times 0.3": Variation(times={"lr": 0.3}),
+    "generator iterations times 3": Variation(times={"generator_iterations": 3}),
+    "solver iterations times 3": Variation(times={"solver_iterations": 3}),
+    "noise replay": Variation(["--replay-mode=noise-replay"]),
+    "noise replay, standard normal": Variation(
+        ["--replay-mode=noise-replay"], instead={(dgr.NoiseReplay, "draw"): standard_normal}
     ),
 }
 
@@ -140,13 +187,16 @@ VARIATIONS: dict[str, tuple[list[str], list[tuple[Any, str, Any]]]] = {
 
 def learn(variation: str, seed: int, flags: list[str], results: Path) -> visual.Run:
     """A finished run of this variation, which is made if there is none."""
-    own, patches = VARIATIONS[variation]
+    other = VARIATIONS[variation]
     place = results / "ablations" / variation.replace(" ", "-") / f"seed-{seed}"
     places = [f"--{kind}-dir={place / kind}" for kind in ("result", "checkpoint", "sample")]
-    options = main.parse([*FLAGS, *own, f"--seed={seed}", *places, *flags, "--resume", "--no-visdom"])
+    options = main.parse([*FLAGS, *flags, *other.flags, f"--seed={seed}", *places, "--resume", "--no-visdom"])
+    for key, factor in other.times.items():
+        value = getattr(options, key)
+        setattr(options, key, type(value)(factor * value))
     with contextlib.ExitStack() as stack:
-        for target, name, other in patches:
-            stack.enter_context(mock.patch.object(target, name, other))
+        for (target, name), function in other.instead.items():
+            stack.enter_context(mock.patch.object(target, name, function))
         main.run_training(options)
     return visual.Run(options.result_dir / main.run_name(options))
 
@@ -176,7 +226,7 @@ def run() -> None:
     train.write_json(here.results / "ablations.json", content)
     print(f"\naverage precision, seeds {here.seeds}:")
     for name, values in precisions.items():
-        print(f"  {name:<36} {visual.spread(values, 3)}")
+        print(f"  {name:<38} {visual.spread(values, 3)}")
 
 
 if __name__ == "__main__":

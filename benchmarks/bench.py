@@ -36,7 +36,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
 import dgr
-import gan
 import main
 import models
 import train
@@ -65,10 +64,11 @@ class PlainImages(Dataset):
 
 
 def make_plain(scholar: dgr.Scholar, options: models.ScholarOptions) -> dgr.Scholar:
-    """The same networks with PyTorch's own convolutions, layout and Adam."""
+    """The same networks with PyTorch's own layers, layout and Adam."""
     for module in scholar.modules():
-        if isinstance(module, gan.Convolution):
-            module.__class__ = nn.Conv2d
+        for own in (nn.Conv2d, nn.LeakyReLU):
+            if isinstance(module, own):
+                module.__class__ = own
     scholar.to(memory_format=torch.contiguous_format)
     for part, name, network in (
         (scholar.generator, "optimiser", scholar.generator.net),

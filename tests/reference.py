@@ -12,11 +12,12 @@ from torch import nn
 
 
 def plain(network, options):
-    """A copy of a network with PyTorch's own convolutions and layout, and its plain Adam."""
+    """A copy of a network with PyTorch's own layers and layout, and its plain Adam."""
     network = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            module.__class__ = nn.Conv2d
+        for own in (nn.Conv2d, nn.LeakyReLU):
+            if isinstance(module, own):
+                module.__class__ = own
     betas = options.beta1, options.beta2
     return network, torch.optim.Adam(
         network.parameters(), options.lr, betas, weight_decay=options.weight_decay, foreach=False

@@ -43,6 +43,19 @@ def test_critic_has_no_batch_normalisation():
     assert not any(isinstance(module, nn.modules.batchnorm._NormBase) for module in small_wgan().critic.modules())
 
 
+def test_leaky_relu_is_pytorchs_without_a_second_derivative():
+    x = torch.tensor([-2.0, -0.0, 0.0, 0.5, 3.0], requires_grad=True)
+    outcomes = []
+    for layer in (gan.LeakyReLU(0.2), nn.LeakyReLU(0.2)):
+        y = layer(x)
+        (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        (of_sum,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+        outcomes.append((y, gradient, torch.autograd.grad(gradient.sum(), x)[0], of_sum.requires_grad))
+    (*ours, leads_on), (*pytorchs, pytorchs_leads_on) = outcomes
+    assert all(map(torch.equal, ours, pytorchs))
+    assert pytorchs_leads_on and not leads_on
+
+
 def test_penalty_norm_is_over_all_values_of_an_image():
     """Trap 2: for a linear critic the gradient is its weight, and the penalty (||w|| - 1)^2, whatever the images."""
     critic = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 1))
