@@ -339,7 +339,7 @@ class Library:
             raise UserError(f"--tasks: {path}: {reason(error)}") from error
         except Exception as error:  # zip, header and array errors are of many types
             raise UserError(f"--tasks: {path} is not a file of a task: {reason(error)}") from error
-        self.checksums[path.name] = checksum(path)
+        self.checksums[str(path)] = checksum(path)
         return splits[0], splits[1]
 
     def _npz_split(self, archive: Any, part: str) -> Split:

@@ -9,6 +9,7 @@ Every option is here; `./main.py --help` explains them. The method is in dgr.py.
 """
 
 import argparse
+import itertools
 import math
 import os
 import platform
@@ -169,7 +170,7 @@ def make_parser() -> utils.Parser:
         "--temperature",
         None,
         f"of soft targets (default: {SOFT_TEMPERATURE:g})",
-        type=number(0, without_low=True),
+        type=number(0.01),
         metavar="X",
     )
     add(
@@ -321,6 +322,29 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.set_defaults(**QUICK | QUICK_FOR.get(options.experiment, {}))
         options = parser.parse_args(arguments)
 
+    if options.solver == "cnn":
+        check_cnn(parser, options)
+    written = ("result_dir", "checkpoint_dir", "sample_dir") if options.train else ("sample_dir",)
+    check_replay(parser, options)
+    if options.tasks:
+        stems = [re.sub(r"[^A-Za-z0-9_.-]", "_", Path(task).stem).lstrip(".") or "task" for task in options.tasks]
+        options.experiment = "+".join(stems)[:100]
+        if options.experiment in data.EXPERIMENTS:  # whose name says more than where the images are from
+            options.experiment = f"own-{options.experiment}"
+    for directory in written:
+        if problem := utils.not_writable(getattr(options, directory)):
+            parser.error(f"argument {flag(directory)}: {problem}")
+    for directory, other in itertools.combinations(written, 2):
+        if getattr(options, directory).resolve() == getattr(options, other).resolve():
+            parser.error(
+                f"argument {flag(other)}: it is {flag(directory)} too, and a run has files of one name in both: give "
+                "another"
+            )
+    return options
+
+
+def check_cnn(parser: utils.Parser, options: argparse.Namespace) -> None:
+    """Refuse convolutions that can't be made, or can't learn."""
     halvings = options.solver_depth - 2
     if options.solver_channel_size % 2**halvings:
         parser.error(
@@ -332,6 +356,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             f"argument --solver-reducing-layers: {options.solver_reducing_layers} is more than the "
             f"{options.solver_depth - 1} convolutions of --solver-depth {options.solver_depth}"
         )
+    if options.batch_size == 1 and options.solver_reducing_layers == 5:
+        parser.error(
+            "argument --batch-size: with --solver-reducing-layers 5, 1 leaves batch normalisation a single value of "
+            "each channel: give at least 2"
+        )
+
+
+def check_machine(parser: utils.Parser, options: argparse.Namespace) -> None:
+    """Refuse what this machine can't do; apart from `parse`, for runs of other machines are listed with it too."""
     if options.cuda_graphs and (options.no_gpus or not torch.cuda.is_available()):
         why = "--no-gpus leaves the GPU out" if options.no_gpus else "this machine has none that PyTorch can use"
         parser.error(f"argument --cuda-graphs: it needs a GPU, and {why}")
@@ -340,24 +373,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             from torch.utils import tensorboard  # noqa: F401
         except ImportError as error:
             parser.error(f"argument --tensorboard: {utils.reason(error)}: pip install tensorboard")
-    written = ("result_dir", "checkpoint_dir", "sample_dir") if options.train else ("sample_dir",)
-    check_replay(parser, options)
-    if options.tasks:
-        stems = [re.sub(r"[^A-Za-z0-9_.-]", "_", Path(task).stem).lstrip(".") or "task" for task in options.tasks]
-        options.experiment = "+".join(stems)[:100]
-        if options.experiment in data.EXPERIMENTS:  # whose name says more than where the images are from
-            options.experiment = f"own-{options.experiment}"
-    for directory in written:
-        if problem := utils.not_writable(getattr(options, directory)):
-            parser.error(f"argument {flag(directory)}: {problem}")
-    if options.train:
-        for directory in ("result_dir", *["sample_dir"] * options.sample_log):
-            if getattr(options, directory).resolve() == options.checkpoint_dir.resolve():
-                parser.error(
-                    f"argument --checkpoint-dir: it is {flag(directory)} too, where the run has a directory of the "
-                    "name that its scholar's file would have: give another"
-                )
-    return options
 
 
 def check_replay(parser: utils.Parser, options: argparse.Namespace) -> None:
@@ -396,6 +411,11 @@ def run_name(options: argparse.Namespace) -> str:
     return "-".join(parts)
 
 
+def drawn_samples(options: argparse.Namespace) -> Path:
+    """The picture that --test draws."""
+    return options.sample_dir / f"{run_name(options)}-sample.jpg"
+
+
 def take(options: argparse.Namespace, kind: type, **others: Any) -> Any:
     """A dataclass filled with the options of the same names."""
     return kind(**{f.name: getattr(options, f.name) for f in fields(kind) if f.name not in others}, **others)
@@ -407,10 +427,7 @@ def take(options: argparse.Namespace, kind: type, **others: Any) -> Any:
 def run_training(options: argparse.Namespace) -> None:
     name = run_name(options)
     results, scholar_file = options.result_dir / name, options.checkpoint_dir / name
-    if options.resume and is_finished(results, scholar_file):
-        if changes := other_run(results, options):
-            raise UserError(f"{results} is of a run with {changes}: leave out --resume to set it aside and start anew")
-        print(f"{results} is finished: there is nothing to resume")
+    if nothing_to_resume(options, results, scholar_file):
         return
     library = data.Library(
         options.data_dir, utils.choose_device(gpus=not options.no_gpus), accept_unverified=options.unverified_data
@@ -420,7 +437,18 @@ def run_training(options: argparse.Namespace) -> None:
     else:
         tasks = data.EXPERIMENTS[options.experiment](library, take(options, data.ExperimentOptions))
     with utils.locked(results.with_name(f".{name}.lock")), utils.locked(scholar_file.with_name(f".{name}.lock")):
-        train_scholar(options, name, tasks, library)
+        if not nothing_to_resume(options, results, scholar_file):  # another run may have ended since
+            train_scholar(options, name, tasks, library)
+
+
+def nothing_to_resume(options: argparse.Namespace, results: Path, scholar_file: Path) -> bool:
+    """Whether --resume is asked of a finished run, which is said; it must be of a run with the same options."""
+    if not options.resume or not is_finished(results, scholar_file):
+        return False
+    if changes := other_run(results, options):
+        raise UserError(f"{results} is of a run with {changes}: leave out --resume to set it aside and start anew")
+    print(f"{results} is finished: there is nothing to resume")
+    return True
 
 
 def train_scholar(options: argparse.Namespace, name: str, tasks: list[data.Task], library: data.Library) -> None:
@@ -454,12 +482,13 @@ def train_scholar(options: argparse.Namespace, name: str, tasks: list[data.Task]
     if options.sample_log:
         observers.append(visual.SampleLog(options.sample_dir / name, options.sample_log_interval))
     try:
+        run = visual.Run(results)
         if not options.no_visdom:
-            observers.append(visual.LivePlots(visual.Run(results), options.visdom_server, options.visdom_port))
+            observers.append(visual.LivePlots(run, options.visdom_server, options.visdom_port))
         if options.tensorboard:
-            observers.append(visual.TensorBoard(visual.Run(results)))
+            observers.append(visual.TensorBoard(run))
     except UserError as error:  # on a full disk, where training goes on
-        utils.warn(f"no live plots: {error}")
+        utils.warn(f"no plots: {error}")
 
     about = {"image_channels": image_channels, "classes": classes, "options": plain(vars(options))}
 
@@ -535,6 +564,7 @@ def set_aside(options: argparse.Namespace) -> None:
         state_file,
         models.previous(state_file),
         options.sample_dir / name,
+        drawn_samples(options),
     ]
     for path, aside in utils.set_aside(files):
         print(f"{path} of an earlier run is kept as {aside}")
@@ -570,7 +600,7 @@ def read_state(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
         if changes := differences(before, now, sorted(now.keys() - utils.FREE_TO_CHANGE)):
             raise UserError(f"{candidate} is of a run with {changes}: give the same flags, or leave out --resume")
         if state["config"]["data"]["checksums"] != config["data"]["checksums"]:
-            raise UserError(f"{candidate} is of a run on other data files: give the same --data-dir")
+            raise UserError(f"{candidate} is of a run on other data files: give the same ones, or leave out --resume")
         for key in ("versions", "commit", "device", "compute_dtype"):
             if state["config"][key] != config[key]:
                 utils.warn(f"the run began with {key} {state['config'][key]}: the rest of it may differ a little")
@@ -653,13 +683,14 @@ def run_test(options: argparse.Namespace) -> None:
     )
     models.restore_scholar(path, scholar, checkpoint)
     scholar.to(device)
-    samples = options.sample_dir / f"{name}-sample.jpg"
+    samples = drawn_samples(options)
     visual.save_samples(sample_grid(scholar.generator, options), samples)
     print(f"samples: {samples}")
 
 
 def main() -> None:
     options = parse(sys.argv[1:])
+    check_machine(make_parser(), options)
     if options.train:
         run_training(options)
     else:

@@ -247,7 +247,7 @@ def make_scholar(
 
 # ------------------------------------------------------------------------------------------------- checkpoints
 
-CHECKPOINT_FORMAT = 4
+CHECKPOINT_FORMAT = 5
 
 
 def save_checkpoint(path: Path, *, keep_previous: bool = False, **content: Any) -> None:

@@ -203,6 +203,7 @@ class Training:
 
     def state_dict(self) -> dict[str, Any]:
         """All that what comes next depends on, as tensors and plain values."""
+        device = next(self.scholar.parameters()).device
         return {
             "task": self.task,
             "done": dict(self.done),
@@ -211,7 +212,7 @@ class Training:
             "optimisers": {name: optimiser.state_dict() for name, optimiser in optimisers_of(self.scholar).items()},
             "replay": self.replay.state_dict() if self.replay else None,
             "random": torch.get_rng_state(),
-            "random_of_gpus": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "random_of_gpu": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -224,8 +225,9 @@ class Training:
         for name, optimiser in optimisers_of(self.scholar).items():
             optimiser.load_state_dict(state["optimisers"][name])
         torch.set_rng_state(state["random"])
-        if torch.cuda.is_available() and len(state["random_of_gpus"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["random_of_gpus"])
+        device = next(self.scholar.parameters()).device
+        if device.type == "cuda" and state["random_of_gpu"] is not None:
+            torch.cuda.set_rng_state(state["random_of_gpu"], device)
 
 
 def optimisers_of(scholar: dgr.Scholar) -> dict[str, torch.optim.Optimizer]:

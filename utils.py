@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -36,15 +37,21 @@ class UserError(Exception):
     """Something a user can put right. The message is one line: what is wrong, where, and what to do."""
 
 
+# What PyTorch says when it is, on CPUs and GPUs; of its exceptions, only some say it by their type.
+OUT_OF_MEMORY = re.compile("out of memory|allocate|alloc_failed|size calculation overflow", re.IGNORECASE)
+
+
 def run_program(main: Callable[[], None]) -> None:
     """Run a script's main function; what a user can put right ends in one line on standard error and exit status 1."""
+    nowhere = Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere  # None where the caller has closed them
     sys.stdout.reconfigure(errors="replace")  # for a terminal that has no ±
     try:
         main()
     except UserError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
-    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and not re.search("alloc|overflow|out of memory", str(error)):
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
             raise
         sys.exit(
             f"{Path(sys.argv[0]).name}: error: out of memory: try a smaller --batch-size, --solver-channel-size or "
@@ -112,14 +119,14 @@ def not_writable(directory: Path) -> str | None:
 
 
 def set_aside(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
-    """Rename those of the paths that exist, all with one suffix: .1, .2, ... (the highest is the newest).
+    """Rename those of the paths that exist, all with one suffix: ~1, ~2, ... (the highest is the newest).
 
     Returns the old and the new names.
     """
     number = 1
-    while any(path.with_name(f"{path.name}.{number}").exists() for path in paths):
+    while any(path.with_name(f"{path.name}~{number}").exists() for path in paths):
         number += 1
-    moves = [(path, path.with_name(f"{path.name}.{number}")) for path in paths if path.exists()]
+    moves = [(path, path.with_name(f"{path.name}~{number}")) for path in paths if path.exists()]
     for path, aside in moves:
         path.rename(aside)
     return moves
@@ -144,20 +151,24 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Make the first SIGINT or SIGTERM a request, which the function given here reports; a second one ends at once."""
-    requests: list[int] = []
+    """Make the first SIGINT or SIGTERM a request, which the function given here reports; a later one ends at once.
+
+    One within a second does not: a request may come twice, from what stops a group of processes and from its leader.
+    """
+    requests: list[float] = []
 
     def request(number: int, _frame: object) -> None:
-        requests.append(number)
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
+        requests.append(time.monotonic())
+        if requests[-1] - requests[0] > 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: bool(requests)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, handler in before.items():  # one who was asked to stop is about to end, and need not hear it again
+            signal.signal(number, signal.SIG_IGN if requests else handler)
 
 
 def choose_device(*, gpus: bool = True) -> torch.device:
@@ -171,7 +182,10 @@ def choose_precision(precision: str, device: torch.device) -> torch.dtype | None
     """
     if precision == "auto":
         # Elsewhere bf16 works as well, emulated, and slower than float32.
-        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            native = torch.cpu._is_avx512_bf16_supported()
         precision = "bf16" if native else "fp32"
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")

@@ -97,11 +97,16 @@ class Progress(Observer):
         self._title = f"task {task}/{self._tasks} {phase}"
         self._iterations = iterations
         self._values = {}
+        self._first: int | None = None  # iteration that this process has seen
         self._started = time.monotonic()
         if sys.stderr.isatty():
             self._bar = tqdm(total=iterations, desc=self._title, file=sys.stderr, dynamic_ncols=True)
 
     def step(self, iteration: int) -> None:
+        if self._first is None:
+            self._first = iteration
+            if self._bar is not None:
+                self._bar.initial = self._bar.n = iteration - 1  # of a resumed phase, for the rate
         if self._bar is not None:
             self._bar.update(iteration - self._bar.n)
 
@@ -114,8 +119,8 @@ class Progress(Observer):
         if self._bar is not None:
             self.close()
             return
-        seconds = time.monotonic() - self._started
-        print(f"{self._title}: {self._iterations} iterations in {seconds:.0f} s, {self._summary()}", file=sys.stderr)
+        seconds, done = time.monotonic() - self._started, self._iterations - (self._first or 1) + 1
+        print(f"{self._title}: {done} iterations in {seconds:.0f} s, {self._summary()}", file=sys.stderr)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -185,6 +190,14 @@ def retell(run: "Run", observer: Observer) -> None:
         observer.scalars(phase, int(task), int(iteration), {row["name"]: float(row["value"]) for row in rows})
 
 
+Post = tuple[str, dict[str, Any]]  # a method of a visdom client, and its arguments
+
+
+def phase_of(window: str) -> str:
+    """Whose iterations a window of curves has: that of precision the solver's, that of a loss those in its name."""
+    return "solver" if window == "precision" else window.split()[0]
+
+
 class LivePlots(Observer):
     """Live plots of a run on a visdom server, in the environment of its name. Training never waits for them.
 
@@ -204,44 +217,43 @@ class LivePlots(Observer):
         self._connection = {"server": server, "port": port, "env": run.environment}
         self._begun = dict.fromkeys(self._lengths, 1)  # tasks, for each phase
         self._curves: dict[str, dict[int, tuple[list[float], list[float]]]] = {"precision": {1: ([], [])}}
-        self._pending: dict[str, tuple[str, dict[str, Any]]] = {}
+        self._pending: dict[str, Callable[[], Post]] = {}  # what makes the newest state of a window
         self._changed = threading.Condition()
         self._closing = self._warned = self._down = self._cleared = False
-        self._show("precision", "line", **self._line("precision", "solver"))  # the first window
+        self._show("precision")  # the first window
         retell(run, self)
         with contextlib.suppress(OSError):  # no picture, or not a whole one
             pixels = np.asarray(Image.open(run.directory / SAMPLES))
             opts = {"title": f"samples of {run.config['name']}"} | SAMPLES_WINDOW
-            self._show("samples", "image", img=pixels.transpose(2, 0, 1), opts=opts)
+            self._pending["samples"] = lambda: ("image", {"img": pixels.transpose(2, 0, 1), "opts": opts})
         self._thread = threading.Thread(target=self._post_all, daemon=True)
         self._thread.start()
 
     def begin(self, phase: str, task: int, iterations: int) -> None:
-        self._begun[phase] = task
-        for window in self._curves:
-            if window.startswith(phase) or (window, phase) == ("precision", "solver"):
-                self._show(window, "line", **self._line(window, phase))
+        with self._changed:
+            self._begun[phase] = task
+            self._show(*(window for window in self._curves if phase == phase_of(window)))
 
     def scalars(self, phase: str, task: int, iteration: int, values: dict[str, float]) -> None:
         if phase not in self._lengths:
             return
-        self._begun[phase] = task
-        changed = []
-        for name, value in values.items():
-            window, curve = f"{phase} {name}", task
-            if name.startswith("precision-"):
-                window, curve = "precision", int(name.removeprefix("precision-"))
-            xs, ys = self._curves.setdefault(window, {}).setdefault(curve, ([], []))
-            xs.append((task - 1) * self._lengths[phase] + iteration)
-            ys.append(value)
-            changed.append(window)
-        for window in dict.fromkeys(changed):
-            self._show(window, "line", **self._line(window, phase))
+        with self._changed:
+            self._begun[phase] = task
+            for name, value in values.items():
+                window, curve = f"{phase} {name}", task
+                if name.startswith("precision-"):
+                    window, curve = "precision", int(name.removeprefix("precision-"))
+                xs, ys = self._curves.setdefault(window, {}).setdefault(curve, ([], []))
+                xs.append((task - 1) * self._lengths[phase] + iteration)
+                ys.append(value)
+                self._show(window)
 
     def images(self, task: int, iteration: int, images: Tensor) -> None:
-        title = f"samples: task {task}, iteration {iteration}"
+        opts = {"title": f"samples: task {task}, iteration {iteration}"} | SAMPLES_WINDOW
         pixels = (images * 255).byte().cpu().numpy()
-        self._show("samples", "images", tensor=pixels, nrow=IMAGES_PER_ROW, opts={"title": title} | SAMPLES_WINDOW)
+        with self._changed:
+            self._pending["samples"] = lambda: ("images", {"tensor": pixels, "nrow": IMAGES_PER_ROW, "opts": opts})
+            self._changed.notify()
 
     @property
     def unsent(self) -> bool:
@@ -255,9 +267,15 @@ class LivePlots(Observer):
             self._changed.notify()
         self._thread.join(timeout=0.1 if self._down else self.CLOSE_SECONDS)
 
-    def _line(self, window: str, phase: str) -> dict[str, Any]:
+    def _show(self, *windows: str) -> None:
+        """Have the curves of these windows posted; they are put together then, not here, where training waits."""
+        with self._changed:
+            self._pending |= {window: partial(self._line, window) for window in windows}
+            self._changed.notify()
+
+    def _line(self, window: str) -> Post:
         """The curves of a window as columns of one matrix, absent points being NaN."""
-        curves = self._curves[window]
+        phase, curves = phase_of(window), self._curves[window]
         x = sorted({x for xs, _ in curves.values() for x in xs}) or [0]
         row = {x: i for i, x in enumerate(x)}
         y = np.full((len(x), len(curves)), np.nan)
@@ -284,12 +302,7 @@ class LivePlots(Observer):
         legend = {"orientation": "h", "y": -0.31, "yanchor": "top"}
         opts["layoutopts"] = {"plotly": {"shapes": shapes, "annotations": labels, "legend": legend}}
         # A single column would be taken for several points of one curve.
-        return {"X": np.array(x), "Y": y if y.shape[1] > 1 else y[:, 0], "opts": opts}
-
-    def _show(self, window: str, method: str, **arguments: Any) -> None:
-        with self._changed:
-            self._pending[window] = (method, arguments)
-            self._changed.notify()
+        return "line", {"X": np.array(x), "Y": y if y.shape[1] > 1 else y[:, 0], "opts": opts}
 
     def _post_all(self) -> None:
         client = None
@@ -298,9 +311,11 @@ class LivePlots(Observer):
                 self._changed.wait_for(lambda: self._pending or self._closing)
                 if not self._pending:
                     return
-                window, (method, arguments) = next(iter(self._pending.items()))
+                window, newest = next(iter(self._pending.items()))
                 del self._pending[window]
             try:
+                with self._changed:
+                    method, arguments = newest()
                 client = client or connect(**self._connection)
                 # A copy of the options, because visdom takes some out, and what fails is posted again.
                 post = partial(getattr(client, method), win=window, **arguments)
@@ -318,7 +333,7 @@ class LivePlots(Observer):
                 if isinstance(error, ImportError):
                     return
                 with self._changed:
-                    self._pending.setdefault(window, (method, arguments))
+                    self._pending.setdefault(window, newest)
                     if self._changed.wait_for(lambda: self._closing, timeout=self.RETRY_SECONDS):
                         return
 
@@ -592,7 +607,8 @@ def arms_of(runs: Sequence[Run]) -> dict[str, list[Arm]]:
     """The arms of each experiment. Of two runs that are the same, seed included, the first counts."""
     same: dict[str, dict[int, Run]] = {}
     for run in runs:
-        alike = same.setdefault(json.dumps(run.learned_with, sort_keys=True), {})
+        learned = json.dumps([run.learned_with, run.config["data"]["checksums"]], sort_keys=True)
+        alike = same.setdefault(learned, {})
         if alike.setdefault(run.seed, run) is not run:
             warn(f"{run.directory} is left out: it is the same run as {alike[run.seed].directory}")
     experiments: dict[str, list[Arm]] = {}

@@ -16,6 +16,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from PIL import Image
+
 ARTS = Path(__file__).resolve().parent
 ROOT = ARTS.parent
 sys.path.insert(0, str(ROOT))
@@ -212,6 +214,7 @@ def draw_experiment(arms: list[visual.Arm], stem: Path, size: str) -> list[str]:
         if figure := draw(arms):
             path = stem.with_name(f"{stem.name}-{kind}.png")
             visual.write_figure(figure, path)
+            Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
             one_task_at_a_time = experiment in main.CHAINS and kind == "average"  # says what precision says
             if kind in SHOWN and not one_task_at_a_time:
                 text += [f"![{SHOWN[kind]}]({rel(path)})", ""]

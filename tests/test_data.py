@@ -201,7 +201,7 @@ def test_own_tasks_get_one_shape_and_one_head(tmp_path, small_mnist):
         assert padded.sum() == stored["x_train"].astype(int).sum()  # nothing but zeros around it
     resized = tasks[2].train.images  # 64x48 becomes 32x24, with four empty columns on either side
     assert (resized[..., 4:28] == 200).all() and resized[..., :4].max() == 0 == resized[..., 28:].max()
-    assert library.checksums["grey.npz"] == data.checksum(tmp_path / "grey.npz")
+    assert library.checksums[str(tmp_path / "grey.npz")] == data.checksum(tmp_path / "grey.npz")
 
 
 @pytest.mark.parametrize(

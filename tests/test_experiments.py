@@ -97,7 +97,7 @@ def test_a_run_with_other_flags_is_set_aside(tmp_path, small_mnist):
 
 
 def aside(directory):
-    return directory.with_name(f"{directory.name}.1")
+    return directory.with_name(f"{directory.name}~1")
 
 
 def test_a_finished_run_with_other_flags_is_not_taken_for_this_one(tmp_path, small_mnist):
@@ -143,6 +143,11 @@ def test_dry_run_is_the_list_of_commands(tmp_path, full):
             assert options.result_dir.name == f"seed-{options.seed}" and (options.test or options.resume)
         names.add((main.run_name(options), options.seed))
     assert len(names) == 45
+
+
+def test_runs_of_other_machines_are_listed_here(tmp_path):
+    process = call("run_full_experiments", "--dry-run", "--cuda-graphs", cwd=tmp_path)
+    assert process.returncode == 0 and process.stdout.count("--cuda-graphs") >= 9
 
 
 def test_reader_that_has_enough_is_no_error(tmp_path):

@@ -8,11 +8,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY, assert_one_line_error, call
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import main
+import utils
 
 FLAGS = sorted(string for action in main.make_parser()._actions for string in action.option_strings)
 HOSTILE = ["", " ", "-1", "0", "1", "2", "7", "0.5", "1e-400", "1e400", "nan", "inf", "-inf", "auto", "true", "soft"]
@@ -74,6 +76,24 @@ def test_more_memory_than_there_is_is_one_line(tmp_path, small_mnist, flag):
     process = call("main.py", "--train", f"--data-dir={small_mnist}", *TINY, flag, cwd=tmp_path)
     process.stderr = process.stderr.strip().splitlines()[-1]
     assert_one_line_error(process, 1, "out of memory", "--batch-size")
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("no such kernel"), RuntimeError("sizes do not match")])
+def test_what_is_no_lack_of_memory_is_not_called_one(error):
+    with pytest.raises(type(error)):
+        utils.run_program(lambda: throw(error))
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")]
+)
+def test_lack_of_memory_is_one_line(error):
+    with pytest.raises(SystemExit, match="out of memory: try a smaller --batch-size"):
+        utils.run_program(lambda: throw(error))
+
+
+def throw(error):
+    raise error
 
 
 def test_hostile_names_stay_in_their_directories(tmp_path, small_mnist):

@@ -3,12 +3,14 @@
 import csv
 import json
 import pickle
+import shlex
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import TINY, assert_one_line_error, call, run, write_small_mnist
+from conftest import ROOT, TINY, assert_one_line_error, call, run, write_small_mnist
 from PIL import Image
 from test_data import write_small_svhn, write_task
 
@@ -159,6 +161,21 @@ def test_tasks_of_ones_own_mix_with_named_ones(tmp_path, small_mnist):
     assert draw(tmp_path, *flags).returncode == 0
 
 
+def test_files_of_one_name_are_told_apart(tmp_path):
+    for directory in ("a", "b"):
+        (tmp_path / directory).mkdir()
+        write_task(tmp_path / directory / "t.npz")
+    assert train(tmp_path, tmp_path, "--tasks", "a/t.npz", "b/t.npz").returncode == 0
+    config = json.loads((tmp_path / "results/t+t-generative-replay-r0.3/config.json").read_text())
+    assert set(config["data"]["checksums"]) == {"a/t.npz", "b/t.npz"}
+
+
+def test_closed_standard_output_is_no_error(tmp_path, small_mnist):
+    words = [sys.executable, f"{ROOT}/main.py", "--train", f"--data-dir={small_mnist}", *TINY]
+    process = subprocess.run(["bash", "-c", f"{shlex.join(words)} >&-"], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0 and "Traceback" not in process.stderr
+
+
 def test_a_task_of_ones_own_is_not_taken_for_an_experiment(tmp_path):
     """Whatever its file is called: a chain, for instance, would learn nothing of the other tasks."""
     write_task(tmp_path / "mnist-chain.npz")
@@ -188,14 +205,16 @@ def test_sample_log_trains_the_generator_in_every_mode(tmp_path, small_mnist):
 def test_second_run_keeps_the_first(copy_of_trained, small_mnist):
     cwd = copy_of_trained
     before = (cwd / "results" / NAME / "metrics.csv").read_bytes(), (cwd / "checkpoints" / NAME).read_bytes()
+    assert draw(cwd).returncode == 0
     process = train(cwd, small_mnist, "--seed=1")
     assert process.returncode == 0
-    assert f"results/{NAME} of an earlier run is kept as results/{NAME}.1" in process.stdout
-    kept = cwd / "results" / f"{NAME}.1" / "metrics.csv", cwd / "checkpoints" / f"{NAME}.1"
+    assert f"results/{NAME} of an earlier run is kept as results/{NAME}~1" in process.stdout
+    kept = cwd / "results" / f"{NAME}~1" / "metrics.csv", cwd / "checkpoints" / f"{NAME}~1"
     assert tuple(path.read_bytes() for path in kept) == before
+    assert [path.name for path in (cwd / "samples").iterdir()] == [f"{NAME}-sample.jpg~1"]
     assert (cwd / "results" / NAME / "metrics.csv").read_bytes() != before[0]
     assert train(cwd, small_mnist).returncode == 0
-    assert (cwd / "results" / f"{NAME}.2").is_dir()
+    assert (cwd / "results" / f"{NAME}~2").is_dir()
 
 
 def test_without_visdom_server_there_is_one_warning(tmp_path, small_mnist):
@@ -312,12 +331,17 @@ def test_malicious_checkpoint_is_not_executed(copy_of_trained):
         (["--test", "--sample-dir=/dev/null"], ["--sample-dir"]),
         (["--train", "--checkpoint-dir=results"], ["--checkpoint-dir", "--result-dir"]),
         (["--train", "--result-dir=x", "--checkpoint-dir=./y/../x"], ["--checkpoint-dir", "--result-dir"]),
-        (["--train", "--sample-log", "--checkpoint-dir=samples"], ["--checkpoint-dir", "--sample-dir"]),
+        (["--train", "--checkpoint-dir=samples"], ["--checkpoint-dir", "--sample-dir"]),
+        (["--train", "--sample-dir=results"], ["--sample-dir", "--result-dir"]),
+        (
+            ["--train", "--batch-size=1", "--solver-depth=6", "--solver-reducing-layers=5"],
+            ["--batch-size", "at least 2"],
+        ),
         (["--train", "--replay-targets=true"], ["--replay-targets", "hard or soft"]),
         (["--train", "--replay-mode=noise-replay", "--replay-targets=true"], ["--replay-targets", "noise-replay"]),
         (["--train", "--replay-mode=none", "--replay-targets=hard"], ["--replay-targets", "replays nothing"]),
         (["--train", "--temperature=2"], ["--temperature", "--replay-targets=soft"]),
-        (["--train", "--replay-targets=soft", "--temperature=0"], ["--temperature", "above 0"]),
+        (["--train", "--replay-targets=soft", "--temperature=0"], ["--temperature", "at least 0.01"]),
         (["--train", "--experiment=mnist-chain", "--replay-mode=none"], ["--replay-mode", "replay alone"]),
         (["--train", "--mnist-split-number=11"], ["--mnist-split-number", "from 1 to 10"]),
         (["--train", "--generator=gpt"], ["--generator", "wgan"]),
@@ -329,12 +353,16 @@ def test_malicious_checkpoint_is_not_executed(copy_of_trained):
 def test_bad_usage_is_one_line_and_status_2(flags, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        main.parse(flags)
+        main.check_machine(main.make_parser(), main.parse(flags))
     message = capsys.readouterr().err
     assert stop.value.code == 2 and message.count("\n") == 1 and message.startswith("main.py: error: ")
     for word in words:
         assert word in message
     assert list(tmp_path.iterdir()) == []
+
+
+def test_widths_of_an_mlp_need_not_be_halved():
+    assert main.parse(["--train", "--solver=mlp", "--solver-channel-size=401"]).solver_channel_size == 401
 
 
 def test_bad_usage_from_the_shell(tmp_path):

@@ -127,10 +127,10 @@ def test_without_resume_an_unfinished_run_is_set_aside_whole(tmp_path, small_mni
     run_here(flags(tmp_path, small_mnist))
     assert len(left) == 3
     for name, content in left.items():
-        assert (tmp_path / "checkpoints" / f"{name}.1").read_bytes() == content
-    assert (tmp_path / "results" / f"{NAME}.1" / "metrics.csv").exists()
-    assert not (tmp_path / "results" / f"{NAME}.1" / "summary.json").exists()
-    assert len(list((tmp_path / "samples" / f"{NAME}.1").glob("*.jpg"))) > 0
+        assert (tmp_path / "checkpoints" / f"{name}~1").read_bytes() == content
+    assert (tmp_path / "results" / f"{NAME}~1" / "metrics.csv").exists()
+    assert not (tmp_path / "results" / f"{NAME}~1" / "summary.json").exists()
+    assert len(list((tmp_path / "samples" / f"{NAME}~1").glob("*.jpg"))) > 0
 
 
 def test_resume_with_other_flags_is_refused(tmp_path, small_mnist, monkeypatch):
@@ -247,13 +247,23 @@ def test_signal_saves_and_says_how_to_go_on(tmp_path, small_mnist, number):
     assert f"generator iteration {iteration};" in error and iteration > 0
 
 
+def test_a_signal_that_comes_twice_saves_too(tmp_path, small_mnist):
+    """As where a whole group of processes is stopped, and its leader hands the signal on."""
+    process = start_long_run(tmp_path, small_mnist)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 1 and "--resume goes on" in error
+
+
 def test_second_signal_leaves_at_once(tmp_path, small_mnist):
     """Even from a save that never ends, here to a pipe that nobody reads."""
     process = start_long_run(tmp_path, small_mnist)
     part = tmp_path / "checkpoints" / f".{NAME}{main.UNFINISHED}.part"
     os.mkfifo(part)
     process.send_signal(signal.SIGINT)
-    time.sleep(1)
+    time.sleep(1.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=5) == -signal.SIGINT

@@ -422,6 +422,15 @@ def test_figure_says_that_data_are_unofficial(tmp_path, checksum, called):
     assert visual.Run(write_run(tmp_path / "b")).data_note == ""
 
 
+def test_runs_on_other_data_are_no_seeds_of_one_arm(tmp_path):
+    runs = [
+        visual.Run(write_run(tmp_path / "a")),
+        visual.Run(write_run(tmp_path / "b", unverified={"svhn/x": "0"}, seed=1)),
+    ]
+    (arms,) = visual.arms_of(runs).values()
+    assert [[run.seed for run in arm.runs] for arm in arms] == [[0], [1]]
+
+
 def test_unfinished_run_is_drawn_and_named_so(tmp_path):
     directory = write_run(tmp_path / "a")
     (directory / "summary.json").unlink()
@@ -516,9 +525,9 @@ def test_a_task_has_one_colour_and_seven_differ():
 # ---------------------------------------------------------------------------------------------------- progress
 
 
-def tell_a_phase(progress):
+def tell_a_phase(progress, first=1):
     progress.begin("solver", 2, 3)
-    for iteration in (1, 2, 3):
+    for iteration in range(first, 4):
         progress.step(iteration)
         progress.scalars("solver", 2, iteration, {"loss": 1 / iteration, "precision-1": 0.5})
     progress.end("solver", 2)
@@ -529,6 +538,11 @@ def test_progress_is_a_line_for_each_phase_without_a_terminal(capsys):
     tell_a_phase(visual.Progress(tasks=5))
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("task 2/5 solver: 3 iterations in ") and line.endswith("loss 0.333, precision-1 0.500")
+
+
+def test_progress_counts_what_a_resumed_run_does_itself(capsys):
+    tell_a_phase(visual.Progress(tasks=5), first=3)
+    assert "task 2/5 solver: 1 iterations in " in capsys.readouterr().err
 
 
 def test_progress_is_a_bar_on_a_terminal(capsys, monkeypatch):
