@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -477,10 +478,11 @@ def train_scholar(options: argparse.Namespace, name: str, tasks: list[data.Task]
     observers: list[visual.Observer] = [
         files,
         visual.Progress(len(tasks)),
-        visual.NewestSamples(results, options.image_log_interval),
+        visual.SamplePictures(lambda *_: results / visual.SAMPLES, options.image_log_interval),
     ]
     if options.sample_log:
-        observers.append(visual.SampleLog(options.sample_dir / name, options.sample_log_interval))
+        kept = options.sample_dir / name
+        observers.append(visual.SamplePictures(partial(visual.kept_sample, kept), options.sample_log_interval))
     try:
         run = visual.Run(results)
         if not options.no_visdom:

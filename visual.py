@@ -144,34 +144,24 @@ def save_samples(images: Tensor, path: Path) -> None:
         save_image(images.cpu(), file, nrow=IMAGES_PER_ROW, format=registered_extensions()[path.suffix])
 
 
-def try_to_save_samples(images: Tensor, path: Path) -> None:
-    """Save them, or warn that it can't be done: a picture is no reason to end training."""
-    try:
-        save_samples(images, path)
-    except OSError as error:
-        warn(f"{path}: {reason(error)}; training goes on without this picture")
+def kept_sample(directory: Path, task: int, iteration: int) -> Path:
+    """Where --sample-log puts a picture."""
+    return directory / f"task-{task}-iteration-{iteration}.jpg"
 
 
-class NewestSamples(Observer):
-    """The newest picture of samples, in the directory of a run."""
+class SamplePictures(Observer):
+    """Pictures of samples through training, each where `place(task, iteration)` says."""
 
-    def __init__(self, directory: Path, image_interval: int):
-        self.directory = directory
+    def __init__(self, place: Callable[[int, int], Path], image_interval: int):
+        self.place = place
         self.image_interval = image_interval
 
     def images(self, task: int, iteration: int, images: Tensor) -> None:
-        try_to_save_samples(images, self.directory / SAMPLES)
-
-
-class SampleLog(Observer):
-    """A picture of samples every `image_interval` generator iterations, in `directory`."""
-
-    def __init__(self, directory: Path, image_interval: int):
-        self.directory = directory
-        self.image_interval = image_interval
-
-    def images(self, task: int, iteration: int, images: Tensor) -> None:
-        try_to_save_samples(images, self.directory / f"task-{task}-iteration-{iteration}.jpg")
+        path = self.place(task, iteration)
+        try:
+            save_samples(images, path)
+        except OSError as error:  # a picture is no reason to end training
+            warn(f"{path}: {reason(error)}; training goes on without this picture")
 
 
 # -------------------------------------------------------------------------------------------------- live plots
