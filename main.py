@@ -364,8 +364,9 @@ def check_cnn(parser: utils.Parser, options: argparse.Namespace) -> None:
         )
 
 
-def check_machine(parser: utils.Parser, options: argparse.Namespace) -> None:
+def check_machine(options: argparse.Namespace) -> None:
     """Refuse what this machine can't do; apart from `parse`, for runs of other machines are listed with it too."""
+    parser = make_parser()
     if options.cuda_graphs and (options.no_gpus or not torch.cuda.is_available()):
         why = "--no-gpus leaves the GPU out" if options.no_gpus else "this machine has none that PyTorch can use"
         parser.error(f"argument --cuda-graphs: it needs a GPU, and {why}")
@@ -692,7 +693,7 @@ def run_test(options: argparse.Namespace) -> None:
 
 def main() -> None:
     options = parse(sys.argv[1:])
-    check_machine(make_parser(), options)
+    check_machine(options)
     if options.train:
         run_training(options)
     else:

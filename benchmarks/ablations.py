@@ -191,6 +191,7 @@ def learn(variation: str, seed: int, flags: list[str], results: Path) -> visual.
     place = results / "ablations" / variation.replace(" ", "-") / f"seed-{seed}"
     places = [f"--{kind}-dir={place / kind}" for kind in ("result", "checkpoint", "sample")]
     options = main.parse([*FLAGS, *flags, *other.flags, f"--seed={seed}", *places, "--resume", "--no-visdom"])
+    main.check_machine(options)
     for key, factor in other.times.items():
         value = getattr(options, key)
         setattr(options, key, type(value)(factor * value))

@@ -278,7 +278,8 @@ def measure(options: argparse.Namespace, repetitions: int) -> list[dict[str, Any
         }
         table.append(row)
         print(
-            f"{name:<24} {row['ours_ms']:>10.3f} ms {row['plain_ms']:>10.3f} ms {row['ratio']:>7.1f} x "
+            f"{name:<24} {1 / our_seconds:>9.1f} /s {row['ours_ms']:>10.3f} ms {row['plain_ms']:>10.3f} ms "
+            f"{row['ratio']:>7.1f} x "
             f"{row['limit_share']:>7.1%} of the limit",
             flush=True,
         )
@@ -299,11 +300,12 @@ def run() -> None:
     )
     here, flags = parser.parse_known_args()
     options = main.parse(["--train", *flags])
+    main.check_machine(options)
     if options.generator != "wgan":
         parser.error(f"argument --generator: there is no plain way of {options.generator} to compare with")
     device = utils.choose_device(gpus=not options.no_gpus)
     print(f"{utils.device_name(device)}, torch {torch.__version__}, commit {utils.commit()}")
-    print(f"{'':<24} {'ours':>13} {'plain':>13} {'ratio':>9}")
+    print(f"{'':<24} {'ours':>12} {'ours':>13} {'plain':>13} {'ratio':>9}")
     table = measure(options, here.repetitions)
     with utils.atomic_write(here.output) as file:
         json.dump(table, file, indent=2)

@@ -87,5 +87,11 @@ def test_every_variation_changes_what_is_learned_and_is_kept(figures, tmp_path, 
         assert f"| {name} | {value:.3f} | " in table
 
 
+@pytest.mark.parametrize("script", ["benchmarks/bench.py", "benchmarks/ablations.py"])
+def test_what_the_machine_cannot_do_is_one_line(tmp_path, script):
+    process = call(script, *TINY, "--no-gpus", "--cuda-graphs", cwd=tmp_path)
+    assert_one_line_error(process, 2, "--cuda-graphs", "--no-gpus")
+
+
 def test_unknown_variation_is_one_line(tmp_path):
     assert_one_line_error(call("benchmarks/ablations.py", "no gravity", cwd=tmp_path), 2, "'no gravity'", "as it is")

@@ -353,7 +353,7 @@ def test_malicious_checkpoint_is_not_executed(copy_of_trained):
 def test_bad_usage_is_one_line_and_status_2(flags, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        main.check_machine(main.make_parser(), main.parse(flags))
+        main.check_machine(main.parse(flags))
     message = capsys.readouterr().err
     assert stop.value.code == 2 and message.count("\n") == 1 and message.startswith("main.py: error: ")
     for word in words:
