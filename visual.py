@@ -561,7 +561,7 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
             except UserError as error:
                 warn(str(error))
         found = found or [Run(path)]
-        newest = [run for run in found if not run.directory.name.startswith(f"{run.name}.")]
+        newest = [run for run in found if not run.directory.name.startswith(f"{run.name}~")]
         runs |= {run.directory.resolve(): run for run in newest or found[:1]}
     place = {name: number for number, name in enumerate([*EXPERIMENTS, *MODES])}
     return sorted(

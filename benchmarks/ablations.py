@@ -176,6 +176,10 @@ VARIATIONS = {
     "learning rate times 0.3": Variation(times={"lr": 0.3}),
     "generator iterations times 3": Variation(times={"generator_iterations": 3}),
     "solver iterations times 3": Variation(times={"solver_iterations": 3}),
+    "exact replay": Variation(["--replay-mode=exact-replay"]),
+    "exact replay, solver iterations times 3": Variation(
+        ["--replay-mode=exact-replay"], times={"solver_iterations": 3}
+    ),
     "noise replay": Variation(["--replay-mode=noise-replay"]),
     "noise replay, standard normal": Variation(
         ["--replay-mode=noise-replay"], instead={(dgr.NoiseReplay, "draw"): standard_normal}

@@ -341,11 +341,11 @@ def results(tmp_path):
     """Two seeds of one arm, an arm with samples, one with another r, and what a later run set aside."""
     for seed, offset in ((0, 0.0), (1, 0.1)):
         write_run(tmp_path / f"seed-{seed}/none-r1", offset=offset, seed=seed)
-    for r in ("0.3", "0.5", "0.3.1"):
+    for r in ("0.3", "0.5", "0.3~1"):
         directory = tmp_path / f"seed-0/gr-r{r}"
         write_run(directory, replay_mode="generative-replay", importance_of_new_task=float(r[:3]))
-    config = tmp_path / "seed-0/gr-r0.3.1/config.json"
-    config.write_text(config.read_text().replace("gr-r0.3.1", "gr-r0.3"))
+    config = tmp_path / "seed-0/gr-r0.3~1/config.json"
+    config.write_text(config.read_text().replace("gr-r0.3~1", "gr-r0.3"))
     keep_samples(tmp_path / "seed-0/gr-r0.3/sample-log")
     return tmp_path
 
