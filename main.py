@@ -125,193 +125,104 @@ def make_parser() -> utils.Parser:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=40, width=110),
     )
 
-    def add(group: Any, name: str, default: Any, meaning: str, **settings: Any) -> None:
+    def add(group: Any, name: str, default: Any, meaning: str, kind: Any = None, **settings: Any) -> None:
         """An option whose help ends with its default and what --quick makes of it."""
         key = name.lstrip("-").replace("-", "_")
         quick = f"; with --quick: {QUICK[key]}" if key in QUICK else ""
         quick += "".join(f", {changes[key]} for {name}" for name, changes in QUICK_FOR.items() if key in changes)
-        shown = f"(default: {default}{quick})"
-        if settings.get("action") == "store_true" or default is None:
-            shown = ""
-        else:
-            settings["default"] = default
-        if "type" in settings:
-            settings.setdefault("metavar", "PATH" if settings["type"] is Path else "N")
-        group.add_argument(name, help=f"{meaning} {shown}".strip(), **settings)
+        shown = "" if default is None else f" (default: {default}{quick})"
+        if kind:
+            settings = {"metavar": "PATH" if kind is Path else "X" if isinstance(default, float) else "N"} | settings
+        group.add_argument(name, default=default, help=meaning + shown, type=kind, **settings)
 
-    what = parser.add_argument_group("what to do (one of the two is required)").add_mutually_exclusive_group(
-        required=True
-    )
-    what.add_argument("--train", action="store_true", help="train a scholar on the tasks of an experiment")
-    what.add_argument("--test", action="store_true", help="draw samples from a scholar trained with the same flags")
+    def switch(group: Any, name: str, meaning: str) -> None:
+        group.add_argument(name, action="store_true", help=meaning)
+
+    what = parser.add_argument_group("what to do (one of the two is required)")
+    what = what.add_mutually_exclusive_group(required=True)
+    switch(what, "--train", "train a scholar on the tasks of an experiment")
+    switch(what, "--test", "draw samples from a scholar trained with the same flags")
 
     group = parser.add_argument_group("experiment")
     tasks = group.add_mutually_exclusive_group()
     add(tasks, "--experiment", "permutated-mnist", "the sequence of tasks", choices=list(data.EXPERIMENTS))
-    add(
-        tasks,
-        "--tasks",
-        None,
-        f"instead of an experiment: a task for each .npz file or name ({', '.join(data.DATA_SETS)})",
-        nargs="+",
-        type=task_source,
-        metavar="TASK",
-    )
+    meaning = f"instead of an experiment: a task for each .npz file or name ({', '.join(data.DATA_SETS)})"
+    add(tasks, "--tasks", None, meaning, task_source, metavar="TASK", nargs="+")
     add(group, "--replay-mode", "generative-replay", "where the past comes from", choices=list(dgr.REPLAY_MODES))
-    add(
-        group,
-        "--replay-targets",
-        None,
+    meaning = (
         "what the solver is to answer to it: true labels, the old solver's class (hard) or probabilities (soft) "
-        "(default: true for exact-replay, else hard; with --quick: soft for hard)",
-        choices=["true", "hard", "soft"],
+        "(default: true for exact-replay, else hard; with --quick: soft for hard)"
     )
-    add(
-        group,
-        "--temperature",
-        None,
-        f"of soft targets (default: {SOFT_TEMPERATURE:g})",
-        type=number(0.01),
-        metavar="X",
-    )
-    add(
-        group,
-        "--importance-of-new-task",
-        0.3,
-        "r of equation 1, in [0, 1], or auto: 1/i at task i",
-        type=importance,
-        metavar="R",
-    )
-    add(group, "--mnist-permutation-number", 5, "tasks of permutated-mnist", type=integer(1))
-    add(group, "--mnist-permutation-seed", 0, "seed of the permutations", type=integer(0))
-    add(group, "--mnist-split-number", 5, "tasks of split-mnist: parts of the ten digits", type=integer(1, 10))
-    add(group, "--seed", 0, "seed of all other randomness", type=integer(0))
-    add(
-        group,
-        "--quick",
-        False,
-        "smaller defaults: minutes on a laptop instead of hours; flags given still win",
-        action="store_true",
-    )
+    add(group, "--replay-targets", None, meaning, choices=["true", "hard", "soft"])
+    meaning = f"of soft targets (default: {SOFT_TEMPERATURE:g})"
+    add(group, "--temperature", None, meaning, number(0.01), metavar="X")
+    meaning = "r of equation 1, in [0, 1], or auto: 1/i at task i"
+    add(group, "--importance-of-new-task", 0.3, meaning, importance, metavar="R")
+    add(group, "--mnist-permutation-number", 5, "tasks of permutated-mnist", integer(1))
+    add(group, "--mnist-permutation-seed", 0, "seed of the permutations", integer(0))
+    add(group, "--mnist-split-number", 5, "tasks of split-mnist: parts of the ten digits", integer(1, 10))
+    add(group, "--seed", 0, "seed of all other randomness", integer(0))
+    switch(group, "--quick", "smaller defaults: minutes on a laptop instead of hours; flags given still win")
 
     group = parser.add_argument_group("generator")
     add(group, "--generator", "wgan", "WGAN-GP, or a variational autoencoder", choices=list(models.GENERATORS))
-    add(group, "--generator-lambda", 10.0, "weight of the gradient penalty", type=number(0), metavar="X")
-    add(group, "--generator-z-size", 100, "size of the noise", type=integer(1))
-    add(group, "--generator-c-channel-size", 64, "channels of the critic's first layer", type=integer(1))
-    add(group, "--generator-g-channel-size", 64, "channels of the generator's last hidden layer", type=integer(1))
-    add(group, "--generator-c-updates-per-g-update", 5, "critic updates in a generator iteration", type=integer(1))
-    add(group, "--generator-iterations", 3000, "iterations for each task", type=integer(1))
+    add(group, "--generator-lambda", 10.0, "weight of the gradient penalty", number(0))
+    add(group, "--generator-z-size", 100, "size of the noise", integer(1))
+    add(group, "--generator-c-channel-size", 64, "channels of the critic's first layer", integer(1))
+    add(group, "--generator-g-channel-size", 64, "channels of the generator's last hidden layer", integer(1))
+    add(group, "--generator-c-updates-per-g-update", 5, "critic updates in a generator iteration", integer(1))
+    add(group, "--generator-iterations", 3000, "iterations for each task", integer(1))
 
     group = parser.add_argument_group("solver")
     add(group, "--solver", "cnn", "a convolutional network, or one of linear layers", choices=list(models.SOLVERS))
-    add(group, "--solver-depth", 5, "layers: convolutions, then one linear layer", type=integer(2, 64))
-    add(
-        group,
-        "--solver-reducing-layers",
-        3,
-        "of the convolutions, the last so many halve height and width",
-        type=integer(0, 5),
-    )
-    add(
-        group,
-        "--solver-channel-size",
-        1024,
-        "channels of the last convolution; halved from layer to layer before it",
-        type=integer(1),
-    )
-    add(group, "--solver-iterations", 1000, "iterations for each task", type=integer(1))
+    add(group, "--solver-depth", 5, "layers: convolutions, then one linear layer", integer(2, 64))
+    meaning = "of the convolutions, the last so many halve height and width"
+    add(group, "--solver-reducing-layers", 3, meaning, integer(0, 5))
+    meaning = "channels of the last convolution; halved from layer to layer before it"
+    add(group, "--solver-channel-size", 1024, meaning, integer(1))
+    add(group, "--solver-iterations", 1000, "iterations for each task", integer(1))
 
     group = parser.add_argument_group("optimisation (Adam, all networks)")
-    add(group, "--lr", 1e-4, "learning rate", type=number(0, without_low=True), metavar="X")
-    add(group, "--beta1", 0.5, "decay of the gradient's mean", type=number(0, 1, without_high=True), metavar="X")
-    add(
-        group, "--beta2", 0.9, "decay of the squared gradient's mean", type=number(0, 1, without_high=True), metavar="X"
-    )
-    add(group, "--weight-decay", 1e-5, "L2 penalty on weights", type=number(0), metavar="X")
-    add(group, "--batch-size", 32, "images of a batch; the solver sees as many replayed ones", type=integer(1))
+    add(group, "--lr", 1e-4, "learning rate", number(0, without_low=True))
+    add(group, "--beta1", 0.5, "decay of the gradient's mean", number(0, 1, without_high=True))
+    add(group, "--beta2", 0.9, "decay of the squared gradient's mean", number(0, 1, without_high=True))
+    add(group, "--weight-decay", 1e-5, "L2 penalty on weights", number(0))
+    add(group, "--batch-size", 32, "images of a batch; the solver sees as many replayed ones", integer(1))
 
     group = parser.add_argument_group("measuring and samples")
-    add(
-        group,
-        "--test-size",
-        1024,
-        "test images of each task for the curves; the summary uses them all",
-        type=integer(1),
-    )
-    add(group, "--sample-size", 36, "images of a sample grid, six a row", type=integer(1))
-    add(
-        group,
-        "--sample-log",
-        False,
-        "keep sample grids through training, and train the generator in every replay mode",
-        action="store_true",
-    )
-    add(group, "--sample-log-interval", 300, "generator iterations between kept grids", type=integer(1))
-    add(group, "--image-log-interval", 100, "generator iterations between grids on visdom", type=integer(1))
-    add(group, "--eval-log-interval", 50, "solver iterations between measurements", type=integer(1))
-    add(group, "--loss-log-interval", 30, "iterations between logged losses", type=integer(1))
+    meaning = "test images of each task for the curves; the summary uses them all"
+    add(group, "--test-size", 1024, meaning, integer(1))
+    add(group, "--sample-size", 36, "images of a sample grid, six a row", integer(1))
+    meaning = "keep sample grids through training, and train the generator in every replay mode"
+    switch(group, "--sample-log", meaning)
+    add(group, "--sample-log-interval", 300, "generator iterations between kept grids", integer(1))
+    add(group, "--image-log-interval", 100, "generator iterations between grids on visdom", integer(1))
+    add(group, "--eval-log-interval", 50, "solver iterations between measurements", integer(1))
+    add(group, "--loss-log-interval", 30, "iterations between logged losses", integer(1))
 
     group = parser.add_argument_group("files")
-    add(
-        group,
-        "--data-dir",
-        Path(os.environ.get("DGR_DATA_DIR") or "./datasets"),
-        "data sets; DGR_DATA_DIR sets the default",
-        type=Path,
-    )
-    add(
-        group,
-        "--unverified-data",
-        False,
-        "accept data files that are not the official ones, with a warning",
-        action="store_true",
-    )
-    add(
-        group,
-        "--resume",
-        False,
-        "go on with an unfinished run of this name, or start one; a finished one is left alone",
-        action="store_true",
-    )
-    add(
-        group,
-        "--checkpoint-interval",
-        300.0,
-        "seconds between saved states of a run, besides one after each phase",
-        type=number(0),
-        metavar="X",
-    )
-    add(group, "--result-dir", Path("./results"), "files of runs: PATH/NAME/", type=Path)
-    add(group, "--checkpoint-dir", Path("./checkpoints"), "trained scholars: PATH/NAME", type=Path)
-    add(group, "--sample-dir", Path("./samples"), "sample grids: PATH/NAME-sample.jpg", type=Path)
+    default = Path(os.environ.get("DGR_DATA_DIR") or "./datasets")
+    add(group, "--data-dir", default, "data sets; DGR_DATA_DIR sets the default", Path)
+    switch(group, "--unverified-data", "accept data files that are not the official ones, with a warning")
+    meaning = "go on with an unfinished run of this name, or start one; a finished one is left alone"
+    switch(group, "--resume", meaning)
+    meaning = "seconds between saved states of a run, besides one after each phase"
+    add(group, "--checkpoint-interval", 300.0, meaning, number(0))
+    add(group, "--result-dir", Path("./results"), "files of runs: PATH/NAME/", Path)
+    add(group, "--checkpoint-dir", Path("./checkpoints"), "trained scholars: PATH/NAME", Path)
+    add(group, "--sample-dir", Path("./samples"), "sample grids: PATH/NAME-sample.jpg", Path)
 
     group = parser.add_argument_group("machine and live plots")
-    add(
-        group,
-        "--precision",
-        "auto",
-        "what networks compute in; auto: bf16 where the hardware has it, else fp32",
-        choices=["auto", "fp32", "tf32", "bf16"],
-    )
-    add(
-        group,
-        "--cuda-graphs",
-        False,
-        "launch every update as one CUDA graph, instead of kernel by kernel (needs a GPU)",
-        action="store_true",
-    )
-    add(group, "--no-gpus", False, "use the CPU even where there is a GPU", action="store_true")
+    meaning = "what networks compute in; auto: bf16 where the hardware has it, else fp32"
+    add(group, "--precision", "auto", meaning, choices=["auto", "fp32", "tf32", "bf16"])
+    meaning = "launch every update as one CUDA graph, instead of kernel by kernel (needs a GPU)"
+    switch(group, "--cuda-graphs", meaning)
+    switch(group, "--no-gpus", "use the CPU even where there is a GPU")
     add(group, "--visdom-server", "localhost", "where live plots go, if a server answers", metavar="HOST")
-    add(group, "--visdom-port", 8097, "its port", type=integer(1, 65535))
-    add(group, "--no-visdom", False, "no live plots", action="store_true")
-    add(
-        group,
-        "--tensorboard",
-        False,
-        "scalars, samples and options for TensorBoard too, in the run's directory (needs: pip install tensorboard)",
-        action="store_true",
-    )
+    add(group, "--visdom-port", 8097, "its port", integer(1, 65535))
+    switch(group, "--no-visdom", "no live plots")
+    meaning = "scalars, samples and options for TensorBoard too, in the run's directory"
+    switch(group, "--tensorboard", f"{meaning} (needs: pip install tensorboard)")
     return parser
 
 
