@@ -9,6 +9,7 @@ Every option is here; `./main.py --help` explains them. The method is in dgr.py.
 """
 
 import argparse
+import contextlib
 import itertools
 import math
 import os
@@ -16,8 +17,8 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,12 @@ CHAINS = {"mnist-chain"}
 
 # Of soft targets; van de Ven and Tolias 2019 use 2.
 SOFT_TEMPERATURE = 2.0
+
+# Directories that a run writes to.
+DIRECTORIES = ("result_dir", "checkpoint_dir", "sample_dir")
+
+# Ends the name of the state of a run under way, beside its scholar.
+UNFINISHED = ".unfinished"
 
 # Options that shape the networks: a checkpoint fits only where they are the same.
 ARCHITECTURE = [
@@ -236,7 +243,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
     if options.solver == "cnn":
         check_cnn(parser, options)
-    written = ("result_dir", "checkpoint_dir", "sample_dir") if options.train else ("sample_dir",)
+    written = DIRECTORIES if options.train else ("sample_dir",)
     check_replay(parser, options)
     if options.tasks:
         stems = [re.sub(r"[^A-Za-z0-9_.-]", "_", Path(task).stem).lstrip(".") or "task" for task in options.tasks]
@@ -324,9 +331,48 @@ def run_name(options: argparse.Namespace) -> str:
     return "-".join(parts)
 
 
-def drawn_samples(options: argparse.Namespace) -> Path:
-    """The picture that --test draws."""
-    return options.sample_dir / f"{run_name(options)}-sample.jpg"
+@dataclass(frozen=True)
+class Paths:
+    """Where a run has its files; README.md says what is in each."""
+
+    results: Path
+    scholar: Path
+    sample_log: Path
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> "Paths":
+        return cls(*(getattr(options, key) / run_name(options) for key in DIRECTORIES))
+
+    @property
+    def state(self) -> Path:
+        """Of a run under way: everything that it depends on."""
+        return self.scholar.with_name(f"{self.scholar.name}{UNFINISHED}")
+
+    @property
+    def drawn(self) -> Path:
+        """The picture that --test draws."""
+        return self.sample_log.with_name(f"{self.sample_log.name}-sample.jpg")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has left everything, to be read, and nothing to resume."""
+        try:
+            return bool(visual.Run(self.results).summary) and self.scholar.exists() and not self.state.exists()
+        except UserError:
+            return False
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs of this name away."""
+        locks = [path.with_name(f".{path.name}.lock") for path in (self.results, self.scholar)]
+        with utils.locked(locks[0]), utils.locked(locks[1]):
+            yield
+
+    def set_aside(self) -> None:
+        """Give the files of an earlier run of this name another one, and say so."""
+        states = [self.state, models.previous(self.state)]
+        for path, aside in utils.set_aside([self.results, self.scholar, *states, self.sample_log, self.drawn]):
+            print(f"{path} of an earlier run is kept as {aside}")
 
 
 def take(options: argparse.Namespace, kind: type, **others: Any) -> Any:
@@ -338,91 +384,68 @@ def take(options: argparse.Namespace, kind: type, **others: Any) -> Any:
 
 
 def run_training(options: argparse.Namespace) -> None:
-    name = run_name(options)
-    results, scholar_file = options.result_dir / name, options.checkpoint_dir / name
-    if nothing_to_resume(options, results, scholar_file):
+    """--train: learn the tasks, unless --resume finds that done; no other run of the same name meanwhile."""
+    if nothing_to_resume(options):
         return
-    library = data.Library(
-        options.data_dir, utils.choose_device(gpus=not options.no_gpus), accept_unverified=options.unverified_data
-    )
+    device = utils.choose_device(gpus=not options.no_gpus)
+    library = data.Library(options.data_dir, device, accept_unverified=options.unverified_data)
     if options.tasks:
         tasks = data.own_tasks(library, options.tasks)
     else:
         tasks = data.EXPERIMENTS[options.experiment](library, take(options, data.ExperimentOptions))
-    with utils.locked(results.with_name(f".{name}.lock")), utils.locked(scholar_file.with_name(f".{name}.lock")):
-        if not nothing_to_resume(options, results, scholar_file):  # another run may have ended since
-            train_scholar(options, name, tasks, library)
+    with Paths.of(options).locked():
+        if not nothing_to_resume(options):  # another run may have ended since
+            train_scholar(options, tasks, library)
 
 
-def nothing_to_resume(options: argparse.Namespace, results: Path, scholar_file: Path) -> bool:
+def nothing_to_resume(options: argparse.Namespace) -> bool:
     """Whether --resume is asked of a finished run, which is said; it must be of a run with the same options."""
-    if not options.resume or not is_finished(results, scholar_file):
+    paths = Paths.of(options)
+    if not options.resume or not paths.finished:
         return False
-    if changes := other_run(results, options):
-        raise UserError(f"{results} is of a run with {changes}: leave out --resume to set it aside and start anew")
-    print(f"{results} is finished: there is nothing to resume")
+    if changes := other_run(options):
+        raise UserError(
+            f"{paths.results} is of a run with {changes}: leave out --resume to set it aside and start anew"
+        )
+    print(f"{paths.results} is finished: there is nothing to resume")
     return True
 
 
-def train_scholar(options: argparse.Namespace, name: str, tasks: list[data.Task], library: data.Library) -> None:
-    device = library.device
+def train_scholar(options: argparse.Namespace, tasks: list[data.Task], library: data.Library) -> None:
+    paths, device = Paths.of(options), library.device
     image_channels, classes = tasks[0].train.images.shape[1], data.number_of_classes(tasks)
     scholar_options = take(options, models.ScholarOptions)
     dtype = utils.choose_precision(options.precision, device)
-    generates = options.replay_mode == "generative-replay" or options.sample_log
     schedule = take(
         options,
         train.Schedule,
-        train_generator=generates,
+        train_generator=trains_generator(options),
         replay_targets=dgr.Targets(options.replay_targets, options.temperature),
         importance_of_new_task=1.0 if options.replay_mode == "none" else options.importance_of_new_task,
         chain=options.experiment in CHAINS,
         images_at_once=utils.images_at_once(device),
     )
-    config = describe_run(options, name, tasks, library, dtype)
-    results, scholar_file = options.result_dir / name, options.checkpoint_dir / name
-    state_file = options.checkpoint_dir / f"{name}{UNFINISHED}"
-
-    start = read_state(state_file, config) if options.resume else None
+    config = describe_run(options, tasks, library, dtype)
+    start = read_state(paths.state, config) if options.resume else None
     if start is None:
-        set_aside(options)
-    files = train.RunFiles(results, config, start and start["files"])
-    observers: list[visual.Observer] = [
-        files,
-        visual.Progress(len(tasks)),
-        visual.SamplePictures(lambda *_: results / visual.SAMPLES, options.image_log_interval),
-    ]
-    if options.sample_log:
-        kept = options.sample_dir / name
-        observers.append(visual.SamplePictures(partial(visual.kept_sample, kept), options.sample_log_interval))
-    try:
-        run = visual.Run(results)
-        if not options.no_visdom:
-            observers.append(visual.LivePlots(run, options.visdom_server, options.visdom_port))
-        if options.tensorboard:
-            observers.append(visual.TensorBoard(run))
-    except UserError as error:  # on a full disk, where training goes on
-        utils.warn(f"no plots: {error}")
-
-    about = {"image_channels": image_channels, "classes": classes, "options": plain(vars(options))}
+        paths.set_aside()
+    files = train.RunFiles(paths.results, config, start and start["files"])
+    observers = [files, *observers_of(options, len(tasks))]
 
     def save_scholar(scholar: dgr.Scholar, tasks_learned: int) -> None:
         models.save_checkpoint(
-            scholar_file,
-            **about,
+            paths.scholar,
             scholar=scholar.state_dict(),
             tasks_learned=tasks_learned,
-            generator_trained=generates,
+            generator_trained=schedule.train_generator,
+            image_channels=image_channels,
+            classes=classes,
+            options=config["options"],
         )
 
     def save_state() -> None:
-        models.save_checkpoint(
-            state_file,
-            keep_previous=True,
-            config=config,
-            training=training.state_dict(),
-            files=files.state_dict(),
-        )
+        content = {"config": config, "training": training.state_dict(), "files": files.state_dict()}
+        models.save_checkpoint(paths.state, keep_previous=True, **content)
 
     try:
         with utils.stop_requests() as stop_requested:
@@ -440,7 +463,7 @@ def train_scholar(options: argparse.Namespace, name: str, tasks: list[data.Task]
             if start is not None:
                 training.load_state_dict(start["training"])
                 done = ", ".join(f"{phase} {count}" for phase, count in training.done.items())
-                print(f"{name} goes on at task {training.task}; iterations done: {done}")
+                print(f"{run_name(options)} goes on at task {training.task}; iterations done: {done}")
             matrix = training.run()
         summary = files.write_summary(
             matrix, experiment=options.experiment, replay_mode=options.replay_mode, seed=options.seed
@@ -448,40 +471,33 @@ def train_scholar(options: argparse.Namespace, name: str, tasks: list[data.Task]
     finally:
         for observer in observers:
             observer.close()
-    visual.save_figure([visual.Run(files.directory)], files.directory / "precision.png")
-    for path in (state_file, models.previous(state_file)):
+    visual.save_figure([visual.Run(paths.results)], paths.results / "precision.png")
+    for path in (paths.state, models.previous(paths.state)):
         path.unlink(missing_ok=True)
-    report(name, tasks, summary, files.directory, scholar_file)
+    report(options, tasks, summary)
 
 
-# The state of a run under way, beside its scholar.
-UNFINISHED = ".unfinished"
+def trains_generator(options: argparse.Namespace) -> bool:
+    return options.replay_mode == "generative-replay" or options.sample_log
 
 
-def is_finished(results: Path, scholar_file: Path) -> bool:
-    """Whether a run has left everything, to be read, and nothing to resume."""
-    unfinished = scholar_file.with_name(f"{scholar_file.name}{UNFINISHED}")
+def observers_of(options: argparse.Namespace, tasks: int) -> list[visual.Observer]:
+    """What shows and keeps how a run goes, besides its files, which must be there already."""
+    paths = Paths.of(options)
+    newest = visual.SamplePictures(lambda *_: paths.results / visual.SAMPLES, options.image_log_interval)
+    observers = [visual.Progress(tasks), newest]
+    if options.sample_log:
+        kept = partial(visual.kept_sample, paths.sample_log)
+        observers.append(visual.SamplePictures(kept, options.sample_log_interval))
     try:
-        return bool(visual.Run(results).summary) and scholar_file.exists() and not unfinished.exists()
-    except UserError:
-        return False
-
-
-def set_aside(options: argparse.Namespace) -> None:
-    """Give the files of an earlier run of this name another one, and say so."""
-    name = run_name(options)
-    scholar_file = options.checkpoint_dir / name
-    state_file = options.checkpoint_dir / f"{name}{UNFINISHED}"
-    files = [
-        options.result_dir / name,
-        scholar_file,
-        state_file,
-        models.previous(state_file),
-        options.sample_dir / name,
-        drawn_samples(options),
-    ]
-    for path, aside in utils.set_aside(files):
-        print(f"{path} of an earlier run is kept as {aside}")
+        run = visual.Run(paths.results)
+        if not options.no_visdom:
+            observers.append(visual.LivePlots(run, options.visdom_server, options.visdom_port))
+        if options.tensorboard:
+            observers.append(visual.TensorBoard(run))
+    except UserError as error:  # on a full disk, where training goes on
+        utils.warn(f"no plots: {error}")
+    return observers
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], keys: Iterable[str]) -> str:
@@ -489,10 +505,10 @@ def differences(before: dict[str, Any], now: dict[str, Any], keys: Iterable[str]
     return ", ".join(f"{flag(key)} {before.get(key)}, not {now[key]}" for key in keys if before.get(key) != now[key])
 
 
-def other_run(results: Path, options: argparse.Namespace) -> str:
-    """In what the run in this directory differs from the one that is asked for; empty if in nothing that counts."""
+def other_run(options: argparse.Namespace) -> str:
+    """In what the run that has this name differs from the one that is asked for; empty if in nothing that counts."""
     now = plain(vars(options))
-    return differences(visual.Run(results).options, now, sorted(now.keys() - utils.FREE_TO_CHANGE))
+    return differences(visual.Run(Paths.of(options).results).options, now, sorted(now.keys() - utils.FREE_TO_CHANGE))
 
 
 def flag(key: str) -> str:
@@ -540,11 +556,11 @@ def plain(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_run(
-    options: argparse.Namespace, name: str, tasks: list[data.Task], library: data.Library, dtype: torch.dtype | None
+    options: argparse.Namespace, tasks: list[data.Task], library: data.Library, dtype: torch.dtype | None
 ) -> dict[str, Any]:
     """What one needs to know to repeat a run: the content of its config.json."""
     return {
-        "name": name,
+        "name": run_name(options),
         "command": sys.argv,
         "options": plain(vars(options) | {"sample_dir": options.sample_dir.resolve()}),
         "tasks": [task.name for task in tasks],
@@ -562,9 +578,11 @@ def describe_run(
     }
 
 
-def report(name: str, tasks: list[data.Task], summary: dict[str, Any], directory: Path, checkpoint: Path) -> None:
+def report(options: argparse.Namespace, tasks: list[data.Task], summary: dict[str, Any]) -> None:
     """The last lines of a run: what `summary.json` says, for a person."""
-    print(f"\n{name}, seed {summary['seed']}: precision on the whole test set of each task after the last one")
+    paths = Paths.of(options)
+    title = f"{run_name(options)}, seed {options.seed}"
+    print(f"\n{title}: precision on the whole test set of each task after the last one")
     for number, task in enumerate(tasks):
         value = summary["precision"][-1][number]
         if value is None:  # an earlier scholar of a chain, measured when it was done
@@ -574,32 +592,29 @@ def report(name: str, tasks: list[data.Task], summary: dict[str, Any], directory
         f"average precision {summary['average_precision']:.4f}, forgetting {summary['forgetting']:.4f}, "
         f"{summary['seconds']:.0f} s"
     )
-    print(f"files: {directory}, scholar: {checkpoint}")
+    print(f"files: {paths.results}, scholar: {paths.scholar}")
 
 
 # -------------------------------------------------------------------------------------------------------- test
 
 
 def run_test(options: argparse.Namespace) -> None:
-    device = utils.choose_device(gpus=not options.no_gpus)
-    name = run_name(options)
-    path = options.checkpoint_dir / name
-    checkpoint = models.load_checkpoint(path)
-    trained = checkpoint["options"]
-    if changes := differences(trained, vars(options), ARCHITECTURE):
-        raise UserError(f"{path} was trained with {changes}: give the flags it was trained with")
+    """--test: draw samples."""
+    paths = Paths.of(options)
+    checkpoint = models.load_checkpoint(paths.scholar)
+    if changes := differences(checkpoint["options"], vars(options), ARCHITECTURE):
+        raise UserError(f"{paths.scholar} was trained with {changes}: give the flags it was trained with")
     if not checkpoint["generator_trained"]:
         raise UserError(
-            f"{path} has a generator that was never trained: {options.replay_mode} trains one only under --sample-log"
+            f"{paths.scholar} has a generator that was never trained: {options.replay_mode} trains one only under "
+            "--sample-log"
         )
-    scholar = models.make_scholar(
-        checkpoint["image_channels"], checkpoint["classes"], take(options, models.ScholarOptions)
-    )
-    models.restore_scholar(path, scholar, checkpoint)
-    scholar.to(device)
-    samples = drawn_samples(options)
-    visual.save_samples(sample_grid(scholar.generator, options), samples)
-    print(f"samples: {samples}")
+    scholar_options = take(options, models.ScholarOptions)
+    scholar = models.make_scholar(checkpoint["image_channels"], checkpoint["classes"], scholar_options)
+    models.restore_scholar(paths.scholar, scholar, checkpoint)
+    scholar.to(utils.choose_device(gpus=not options.no_gpus))
+    visual.save_samples(sample_grid(scholar.generator, options), paths.drawn)
+    print(f"samples: {paths.drawn}")
 
 
 def main() -> None:

@@ -5,7 +5,8 @@
     arts/figures.py --keep results/NAME ...         first copy finished runs to arts/runs: no paths, fewer loss rows
     arts/figures.py --keep-ablations results        first copy what benchmarks/ablations.py has left there
 
-README.md holds the tables between `<!-- results -->` and `<!-- end of results -->`.
+README.md holds the tables between `<!-- results -->` and `<!-- end of results -->`, and that of all experiments between
+`<!-- overview -->` and `<!-- end of overview -->`.
 """
 
 import csv
@@ -30,7 +31,6 @@ from utils import Parser, UserError, atomic_write, run_program  # noqa: E402
 RUNS = ARTS / "runs"
 ABLATIONS = ARTS / "ablations"
 README = ROOT / "README.md"
-MARKS = re.compile(r"(<!-- results -->\n).*(<!-- end of results -->)", re.DOTALL)
 SIZES = {"": "Full size", "-quick": "`--quick` size"}
 
 
@@ -184,6 +184,25 @@ def chain_table(arm: visual.Arm) -> str:
     return visual.markdown([{f"scholar {i}": visual.spread(own, 4) for i, own in enumerate(numbers, start=1)}])
 
 
+def overview(runs: list[visual.Run]) -> list[str]:
+    """Average precisions of the arms in figures, a row for each experiment, size and pair of networks."""
+    names = {"wgan": "WGAN-GP", "vae": "VAE", "cnn": "CNN", "mlp": "MLP"}
+    rows: list[tuple[str, dict[str, str]]] = []
+    for size in SIZES:
+        for experiment, arms in visual.arms_of([run for run in runs if size_of(run) == size]).items():
+            for together in drawn(arms).values():
+                cells = {arm.first.replay_mode: visual.cells(arm) for arm in together}
+                options = together[-1].first.options
+                row = {"experiment": visual.cells(together[0])["experiment"], "size": "`--quick`" if size else "full"}
+                row["networks"] = ", ".join(names[options[key]] for key in ("generator", "solver"))
+                for mode in visual.MODES:
+                    own = cells.get(mode, dict.fromkeys(visual.COLUMNS, ""))
+                    row[mode] = own["average precision"] + (f" ({own['paper']})" if own["paper"] else "")
+                rows.append((experiment, row))
+    rows.sort(key=lambda row: visual.EXPERIMENTS.index(row[0]))
+    return [visual.markdown([row for _, row in rows]), ""]
+
+
 def draw_size(runs: list[visual.Run], size: str) -> list[str]:
     """Figures of the runs of one size, and what the README says: of the arms in figures, then of all others."""
     if not runs:
@@ -199,7 +218,10 @@ def draw_size(runs: list[visual.Run], size: str) -> list[str]:
     text = [f"### {SIZES[size]}", "", f"`./main.py --train{flags} --experiment=... --replay-mode=... --seed=...`, and:"]
     text += ["", visual.markdown(table), ""]
     if others:
-        text += ["The same with other flags, to see what they change:", "", visual.markdown(others), ""]
+        summary = (
+            f"<details><summary>{len(others)} more rows: the same with other flags, to see what they change</summary>"
+        )
+        text += [summary, "", visual.markdown(others), "", "</details>", ""]
     for experiment, of_networks in figures.items():
         for networks, together in of_networks.items():
             text += draw_experiment(together, ARTS / f"{experiment}{size}{networks}", size)
@@ -251,10 +273,12 @@ def ablations() -> list[str]:
 def draw_all() -> None:
     runs = visual.find_runs([RUNS])
     text = [line for size in SIZES for line in draw_size([run for run in runs if size_of(run) == size], size)]
-    text += ablations()
-    new = MARKS.sub(lambda marks: marks[1] + "\n".join(text) + marks[2], README.read_text())
+    readme = README.read_text()
+    for mark, lines in (("overview", overview(runs)), ("results", text + ablations())):
+        marks = re.compile(rf"(<!-- {mark} -->\n).*(<!-- end of {mark} -->)", re.DOTALL)
+        readme = marks.sub(lambda found, lines=lines: found[1] + "\n".join(lines) + found[2], readme)
     with atomic_write(README) as file:
-        file.write(new)
+        file.write(readme)
 
 
 def rel(path: Path) -> str:

@@ -1,10 +1,12 @@
 """run_full_experiments: many runs on one machine, as a list of commands, and on a Ray cluster."""
 
+import contextlib
 import importlib.machinery
 import importlib.util
 import json
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,8 +32,8 @@ def full():
     return module
 
 
-def experiments(cwd, data, *arguments, **environment):
-    return run("run_full_experiments", *arguments, f"--data-dir={data}", *TINY, cwd=cwd, **environment)
+def experiments(cwd, data, *arguments, start=run, **environment):
+    return start("run_full_experiments", *arguments, f"--data-dir={data}", *TINY, cwd=cwd, **environment)
 
 
 def summary_of(results, name):
@@ -52,7 +54,7 @@ def test_one_experiment_and_again(tmp_path, small_mnist):
         assert row in (results / "permutated-mnist.md").read_text()
         line = rf"^\[{number}/3\] \S+ {name}, seed 0: average precision {summary['average_precision']:.4f}, \d+ s$"
         assert re.search(line, process.stdout, re.MULTILINE)
-    again = experiments(tmp_path, small_mnist, "permutated-mnist")
+    again = experiments(tmp_path, small_mnist, "permutated-mnist", start=call)
     assert again.returncode == 0 and "$ ./main.py" not in again.stdout and "[3/3]" in again.stdout
     assert len(list(results.glob("*/summary.json"))) == 3
 
@@ -86,12 +88,35 @@ def test_a_failed_run_stops_no_other(tmp_path, small_mnist):
     assert re.search("3 of 4 runs failed, the others are done: mnist-svhn-none-r1, seed 0, ", process.stderr)
 
 
-def test_a_run_with_other_flags_is_set_aside(tmp_path, small_mnist):
-    directory = tmp_path / "results/permutated-mnist-noise-replay-r0.3"
-    assert experiments(tmp_path, small_mnist, "noise-replay").returncode == 0
-    flags = ["noise-replay", f"--data-dir={small_mnist}", *TINY, "--lr=2e-3"]
-    process = run("run_full_experiments", *flags, cwd=tmp_path)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, small_mnist):
+    """A directory with a finished run of noise replay."""
+    cwd = tmp_path_factory.mktemp("finished")
+    flags = ["--replay-mode=noise-replay", f"--data-dir={small_mnist}", *TINY]
+    assert call("main.py", "--train", *flags, cwd=cwd).returncode == 0
+    return cwd
+
+
+@pytest.fixture
+def copy_of_finished(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+def do(full, cwd, data, *flags):
+    """What is called for noise replay with these flags, in this process; None if it is finished already."""
+    (job,) = full.jobs_of("noise-replay", None, [f"--data-dir={data}", *TINY, *flags])
+    with contextlib.chdir(cwd):
+        if job.is_finished():
+            return None
+        (command,) = job.commands
+    return call("main.py", *command, cwd=cwd)
+
+
+def test_a_run_with_other_flags_is_set_aside(full, copy_of_finished, small_mnist):
+    assert do(full, copy_of_finished, small_mnist) is None
+    process = do(full, copy_of_finished, small_mnist, "--lr=2e-3")
     assert process.returncode == 0 and "of an earlier run is kept as" in process.stdout
+    directory = copy_of_finished / "results/permutated-mnist-noise-replay-r0.3"
     rates = [json.loads((d / "config.json").read_text())["options"]["lr"] for d in (directory, aside(directory))]
     assert rates == [2e-3, 1e-3]
 
@@ -110,7 +135,7 @@ def test_a_finished_run_with_other_flags_is_not_taken_for_this_one(tmp_path, sma
 
 def test_interrupted_runs_go_on(tmp_path, small_mnist):
     """SIGTERM stops the runs under way with their states saved, and the same command does what is left."""
-    own = ["--solver-iterations=1500", "--eval-log-interval=100"]
+    own = ["--solver-iterations=600", "--eval-log-interval=20"]
     flags = ["noise-replay", "--seeds=0-1", "--jobs=2", f"--data-dir={small_mnist}", *TINY, *own]
     with start("run_full_experiments", *flags, cwd=tmp_path) as process:
         states = [tmp_path / f"results/seed-{seed}/permutated-mnist-noise-replay-r0.3/metrics.csv" for seed in (0, 1)]
@@ -207,22 +232,22 @@ def test_a_worker_goes_on_and_sends_what_is_new_and_what_is_gone(full, tmp_path,
     )
     test_resume.run_until(monkeypatch, 5, test_resume.flags(tmp_path, small_mnist))
     places = {f"{kind}_dir": str(tmp_path / f"{kind}s") for kind in ("result", "checkpoint", "sample")}
-    scholar_file = tmp_path / "checkpoints" / NAME
-    assert not main.is_finished(tmp_path / "results" / NAME, scholar_file)
+    paths = main.Paths(*(tmp_path / f"{kind}s" / NAME for kind in ("result", "checkpoint", "sample")))
+    assert not paths.finished
     assert full.work_on_ray(NAME, [test_resume.flags(tmp_path, small_mnist, "--resume")], places, gather) is None
-    assert main.is_finished(tmp_path / "results" / NAME, scholar_file)
+    assert paths.finished
     assert not list(tmp_path.glob("checkpoints/*.unfinished*"))
     assert "goes on at task" in (tmp_path / f"results/{NAME}.log").read_text()
 
 
 @pytest.mark.parametrize("content", ["", '{"seed": 0}'])
-def test_a_run_with_a_broken_summary_is_made_anew(tmp_path, small_mnist, content):
-    assert experiments(tmp_path, small_mnist, "noise-replay").returncode == 0
-    (summary,) = tmp_path.glob("results/*/summary.json")
+def test_a_run_with_a_broken_summary_is_made_anew(full, copy_of_finished, small_mnist, content):
+    (summary,) = copy_of_finished.glob("results/*/summary.json")
     summary.write_text(content)
-    process = experiments(tmp_path, small_mnist, "noise-replay")
+    process = do(full, copy_of_finished, small_mnist)
     assert process.returncode == 0 and "of an earlier run is kept as" in process.stdout
     assert "average_precision" in summary.read_text()
+    assert do(full, copy_of_finished, small_mnist) is None
 
 
 @pytest.mark.parametrize("seeds", ["4-0", "0-999999999", "1-2-3", ""])
@@ -256,7 +281,8 @@ def test_a_lost_node_costs_a_run_nothing(tmp_path, small_mnist):
     logs = [(tmp_path / f"results/seed-{seed}/{name}.log").read_text() for seed in (0, 1)]
     assert sum("goes on at task" in log for log in logs) == 1
     for seed in (0, 1):
-        assert main.is_finished(tmp_path / f"results/seed-{seed}/{name}", tmp_path / f"checkpoints/seed-{seed}/{name}")
+        kinds = ("result", "checkpoint", "sample")
+        assert main.Paths(*(tmp_path / f"{kind}s/seed-{seed}/{name}" for kind in kinds)).finished
     alone = ["run_full_experiments", *flags, "--seeds=0-1", "--result-dir=alone", "--checkpoint-dir=checkpoints-alone"]
     assert run(*alone, cwd=tmp_path).returncode == 0
     for seed in (0, 1):

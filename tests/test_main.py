@@ -17,6 +17,7 @@ from test_data import write_small_svhn, write_task
 import data
 import dgr
 import main
+import visual
 
 NAME = "permutated-mnist-generative-replay-r0.3"
 
@@ -215,6 +216,7 @@ def test_second_run_keeps_the_first(copy_of_trained, small_mnist):
     assert (cwd / "results" / NAME / "metrics.csv").read_bytes() != before[0]
     assert train(cwd, small_mnist).returncode == 0
     assert (cwd / "results" / f"{NAME}~2").is_dir()
+    assert [run.directory.name for run in visual.find_runs([cwd / "results"])] == [NAME]
 
 
 def test_without_visdom_server_there_is_one_warning(tmp_path, small_mnist):
