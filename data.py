@@ -412,7 +412,10 @@ def split_mnist(library: Library, options: ExperimentOptions) -> list[Task]:
     tasks = []
     for digits in torch.arange(10).tensor_split(options.mnist_split_number):
         name = f"digits {digits[0]}-{digits[-1]}" if len(digits) > 1 else f"digit {digits[0]}"
-        tasks.append(Task(name, *(split.of_classes(digits) for split in splits)))
+        parts = [split.of_classes(digits) for split in splits]
+        if not all(map(len, parts)):
+            raise UserError(f"--mnist-split-number: the data have no images of {name}: give fewer parts, or other data")
+        tasks.append(Task(name, *parts))
     return tasks
 
 

@@ -140,7 +140,7 @@ def make_parser() -> utils.Parser:
         shown = "" if default is None else f" (default: {default}{quick})"
         if kind:
             settings = {"metavar": "PATH" if kind is Path else "X" if isinstance(default, float) else "N"} | settings
-        group.add_argument(name, default=default, help=meaning + shown, type=kind, **settings)
+        group.add_argument(name, default=default, help=(meaning + shown).replace("%", "%%"), type=kind, **settings)
 
     def switch(group: Any, name: str, meaning: str) -> None:
         group.add_argument(name, action="store_true", help=meaning)
@@ -162,7 +162,7 @@ def make_parser() -> utils.Parser:
     )
     add(group, "--replay-targets", None, meaning, choices=["true", "hard", "soft"])
     meaning = f"of soft targets (default: {SOFT_TEMPERATURE:g})"
-    add(group, "--temperature", None, meaning, number(0.01), metavar="X")
+    add(group, "--temperature", None, meaning, number(0.01, 1000), metavar="X")
     meaning = "r of equation 1, in [0, 1], or auto: 1/i at task i"
     add(group, "--importance-of-new-task", 0.3, meaning, importance, metavar="R")
     add(group, "--mnist-permutation-number", 5, "tasks of permutated-mnist", integer(1))
@@ -203,7 +203,7 @@ def make_parser() -> utils.Parser:
     meaning = "keep sample grids through training, and train the generator in every replay mode"
     switch(group, "--sample-log", meaning)
     add(group, "--sample-log-interval", 300, "generator iterations between kept grids", integer(1))
-    add(group, "--image-log-interval", 100, "generator iterations between grids on visdom", integer(1))
+    add(group, "--image-log-interval", 100, "generator iterations between newest grids", integer(1))
     add(group, "--eval-log-interval", 50, "solver iterations between measurements", integer(1))
     add(group, "--loss-log-interval", 30, "iterations between logged losses", integer(1))
 
@@ -352,6 +352,11 @@ class Paths:
     def drawn(self) -> Path:
         """The picture that --test draws."""
         return self.sample_log.with_name(f"{self.sample_log.name}-sample.jpg")
+
+    @property
+    def resumable(self) -> bool:
+        """Whether there is a state to go on from."""
+        return self.state.exists() or models.previous(self.state).exists()
 
     @property
     def finished(self) -> bool:
@@ -531,6 +536,7 @@ def read_state(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
             raise UserError(f"{candidate} is of a run with {changes}: give the same flags, or leave out --resume")
         if state["config"]["data"]["checksums"] != config["data"]["checksums"]:
             raise UserError(f"{candidate} is of a run on other data files: give the same ones, or leave out --resume")
+        state["files"]["config"]["options"]["sample_dir"] = now["sample_dir"]  # where pictures are from now on
         for key in ("versions", "commit", "device", "compute_dtype"):
             if state["config"][key] != config[key]:
                 utils.warn(f"the run began with {key} {state['config'][key]}: the rest of it may differ a little")

@@ -49,21 +49,26 @@ def run_program(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+        end(f"error: {error}")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
             raise
-        sys.exit(
-            f"{Path(sys.argv[0]).name}: error: out of memory: try a smaller --batch-size, --solver-channel-size or "
-            "--generator-c-channel-size and --generator-g-channel-size, or --precision=bf16"
+        end(
+            "error: out of memory: try a smaller --batch-size, --solver-channel-size or --generator-c-channel-size and "
+            "--generator-g-channel-size, or --precision=bf16"
         )
     except BrokenPipeError:  # whoever read what is printed has enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:  # a disk that is full, a directory that has gone
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error.filename or 'files'}: {reason(error)}")
+        end(f"error: {error.filename or 'files'}: {reason(error)}")
     except KeyboardInterrupt:
-        sys.exit(f"{Path(sys.argv[0]).name}: stopped")
+        end("stopped")
+
+
+def end(message: str) -> NoReturn:
+    """Leave with exit status 1 and one line on standard error."""
+    sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}")
 
 
 def warn(message: str) -> None:

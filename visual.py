@@ -471,7 +471,8 @@ class Run:
             with (directory / "metrics.csv").open(newline="") as file:
                 self.rows = list(csv.DictReader(file))
             self.tasks, self.options = self.config["tasks"], self.config["options"]
-            self.tasks = [self.unofficial.get(title.lower(), title) for title in self.tasks]
+            names = {name.replace("-", ""): called for name, called in self.unofficial.items()}
+            self.tasks = [names.get(title.lower().replace("-", ""), title) for title in self.tasks]
             self.name, self.seed = self.config["name"], self.options["seed"]
             self.experiment, self.replay_mode = self.options["experiment"], self.options["replay_mode"]
             self.lengths = {phase: self.options.get(f"{phase}_iterations", 1) for phase in ("generator", "solver")}
@@ -487,7 +488,7 @@ class Run:
             self.directory = directory
         except OSError as error:
             raise UserError(f"{error.filename or directory}: {reason(error)}: not the directory of a run") from error
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, csv.Error) as error:
             raise UserError(f"{directory}: not the files of a run ({type(error).__name__}: {reason(error)})") from error
 
     @property
@@ -537,7 +538,8 @@ class Run:
     def kept_samples(self) -> dict[tuple[int, int], Path]:
         """The pictures of `--sample-log` by task and iteration, in their order."""
         kept = self.directory / SAMPLE_LOG
-        kept = kept if kept.is_dir() else Path(self.options["sample_dir"]) / self.name
+        aside = re.search(r"(~\d+)?$", self.directory.name)[0]  # with the rest of a run that a later one set aside
+        kept = kept if kept.is_dir() else Path(self.options["sample_dir"]) / f"{self.name}{aside}"
         found = {}
         for path in kept.glob("*.jpg"):
             if numbers := re.fullmatch(r"task-(\d+)-iteration-(\d+)", path.stem):

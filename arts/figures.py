@@ -76,9 +76,10 @@ def copy_run(run: visual.Run, target: Path) -> None:
 
 def keep_ablations(results: Path) -> None:
     """Copy the runs of benchmarks/ablations.py, and its list of them."""
-    for path in sorted(results.glob("ablations/*/seed-*/result/*/summary.json")):
-        seed = path.parents[2]
-        copy_run(visual.Run(path.parent), ABLATIONS / seed.parent.name / seed.name)
+    for run in visual.find_runs([results / "ablations"]):
+        seed = run.directory.parents[1]
+        if run.summary:
+            copy_run(run, ABLATIONS / seed.parent.name / seed.name)
     shutil.copy(results / "ablations.json", ABLATIONS)
 
 
@@ -127,6 +128,13 @@ def has_suffix(run: visual.Run) -> bool:
     return not run.directory.name.endswith(f"-seed{run.seed}")
 
 
+def is_narrow(run: visual.Run) -> bool:
+    """Whether a network has fewer channels than those of its size have."""
+    usual = vars(main.parse(["--train", *["--quick"] * run.options["quick"]]))
+    keys = ("generator_c_channel_size", "generator_g_channel_size", "solver_channel_size")
+    return any(run.options[key] < usual[key] for key in keys)
+
+
 def drawn(arms: list[visual.Arm]) -> dict[str, list[visual.Arm]]:
     """The arms of an experiment that figures show together, by what the names of their files end in.
 
@@ -137,7 +145,8 @@ def drawn(arms: list[visual.Arm]) -> dict[str, list[visual.Arm]]:
     for arm in sorted(arms, key=lambda arm: (is_plain(arm.first), not has_suffix(arm.first), len(arm.runs))):
         options = arm.first.options
         networks = "".join(f"-{options[key]}" for key in ("generator", "solver"))
-        chosen.setdefault("" if networks == "-wgan-cnn" else networks, {})[arm.first.replay_mode] = arm
+        usual = networks == "-wgan-cnn" and not is_narrow(arm.first)
+        chosen.setdefault("" if usual else networks, {})[arm.first.replay_mode] = arm
     most = {networks: by_mode for networks, by_mode in chosen.items() if len(by_mode) > 1} or chosen
     together = {networks: [arm for arm in arms if arm in most[networks].values()] for networks in sorted(most)}
     for shown in together.values():
@@ -192,9 +201,10 @@ def overview(runs: list[visual.Run]) -> list[str]:
         for experiment, arms in visual.arms_of([run for run in runs if size_of(run) == size]).items():
             for together in drawn(arms).values():
                 cells = {arm.first.replay_mode: visual.cells(arm) for arm in together}
-                options = together[-1].first.options
+                run = together[-1].first
                 row = {"experiment": visual.cells(together[0])["experiment"], "size": "`--quick`" if size else "full"}
-                row["networks"] = ", ".join(names[options[key]] for key in ("generator", "solver"))
+                networks = [names[run.options[key]] for key in ("generator", "solver")]
+                row["networks"] = ", ".join(networks + ["narrow"] * is_narrow(run))
                 for mode in visual.MODES:
                     own = cells.get(mode, dict.fromkeys(visual.COLUMNS, ""))
                     row[mode] = own["average precision"] + (f" ({own['paper']})" if own["paper"] else "")

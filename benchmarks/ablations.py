@@ -6,11 +6,13 @@
 
 A variation is what the 2017 repository does (see README.md, *How this differs*), a flag, or more or less of something.
 The runs are those of FLAGS: smaller than --quick, so that a run takes minutes on one core. Their files are left in
-results/ablations, and what they come to in results/ablations.json.
+results/ablations, and what they come to in results/ablations.json, with what earlier calls of the same flags and seeds
+came to.
 """
 
 import contextlib
 import copy
+import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -196,6 +198,7 @@ def learn(variation: str, seed: int, flags: list[str], results: Path) -> visual.
     places = [f"--{kind}-dir={place / kind}" for kind in ("result", "checkpoint", "sample")]
     options = main.parse([*FLAGS, *flags, *other.flags, f"--seed={seed}", *places, "--resume", "--no-visdom"])
     main.check_machine(options)
+    options.variation = variation  # kept with the other options: runs that differ in it are not taken for the same
     for key, factor in other.times.items():
         value = getattr(options, key)
         setattr(options, key, type(value)(factor * value))
@@ -204,6 +207,19 @@ def learn(variation: str, seed: int, flags: list[str], results: Path) -> visual.
             stack.enter_context(mock.patch.object(target, name, function))
         main.run_training(options)
     return visual.Run(options.result_dir / main.run_name(options))
+
+
+def with_earlier(content: dict[str, Any], table: Path) -> dict[str, Any]:
+    """The content of a table with that of an earlier call, which had other variations of the same flags and seeds."""
+    try:
+        earlier = json.loads(table.read_text())
+        if any(earlier[key] != content[key] for key in ("flags", "seeds")):
+            return content
+        content |= {key: sorted({*earlier[key], *content[key]}) for key in ("commit", "device")}
+        known = earlier["average_precision"] | content["average_precision"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return content
+    return content | {"average_precision": {name: known[name] for name in VARIATIONS if name in known}}
 
 
 def run() -> None:
@@ -226,9 +242,11 @@ def run() -> None:
     }
     precisions = {name: [run.summary["average_precision"] for run in of_name] for name, of_name in runs.items()}
     configs = [run.config for of_name in runs.values() for run in of_name]
-    where = {key: sorted({str(config[key]) for config in configs}) for key in ("commit", "device")}
-    content = {"flags": FLAGS[1:] + flags, "seeds": here.seeds, **where, "average_precision": precisions}
-    train.write_json(here.results / "ablations.json", content)
+    content = {"flags": FLAGS[1:] + flags, "seeds": here.seeds}
+    content |= {key: sorted({str(config[key]) for config in configs}) for key in ("commit", "device")}
+    content |= {"average_precision": precisions}
+    table = here.results / "ablations.json"
+    train.write_json(table, with_earlier(content, table))
     print(f"\naverage precision, seeds {here.seeds}:")
     for name, values in precisions.items():
         print(f"  {name:<38} {visual.spread(values, 3)}")

@@ -19,6 +19,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -201,61 +203,52 @@ def measure(options: argparse.Namespace, repetitions: int) -> list[dict[str, Any
     plain_images, plain_test = PlainImages(raw, labels), PlainImages(raw[:TEST_IMAGES], labels[:TEST_IMAGES])
 
     scholar_options = main.take(options, models.ScholarOptions)
-
-    def scholar(compute_dtype: torch.dtype | None) -> dgr.Scholar:
-        return models.make_scholar(1, CLASSES, scholar_options, compute_dtype=compute_dtype).to(device)
-
-    ours = scholar(dtype)
-    plain = make_plain(scholar(None), scholar_options)
-    plain_old = copy.deepcopy(plain).eval().requires_grad_(False)
-    batches = plain_batches(plain_images, options, device)
-
-    def replay() -> dgr.GenerativeReplay:
-        mode = dgr.GenerativeReplay(ours, [split], dgr.Targets("hard"))
-        mode.block = utils.images_at_once(device)
-        return mode
-
+    eager_options = replace(scholar_options, cuda_graphs=False)
+    block = utils.images_at_once(device)
     how = {"iterations": sys.maxsize, "batch_size": options.batch_size}
-    generator_alone = dgr.learn_generator(ours.generator, split, None, r=1.0, **how)
-    generator_replay = dgr.learn_generator(ours.generator, split, replay(), r=R, **how)
-    solver_alone = dgr.learn_solver(ours.solver, split, None, r=1.0, **how)
-    solver_replay = dgr.learn_solver(ours.solver, split, replay(), r=R, **how)
-    drawn = replay()
 
-    # So many calls that blocks of replayed pairs are drawn about as often as they are used up.
-    block = 8 * -(-utils.images_at_once(device) // (8 * options.batch_size))
-    rows: dict[str, tuple[Callable[[], Any], Callable[[], Any], int]] = {
-        "generator-update": (
-            lambda: next(generator_alone),
-            lambda: plain_generator_update(plain.generator, batches, None),
-            2,
-        ),
-        "generator-update-replay": (
-            lambda: next(generator_replay),
-            lambda: plain_generator_update(plain.generator, batches, plain_old),
-            block // 2,
-        ),
-        "solver-update": (lambda: next(solver_alone), lambda: plain_solver_update(plain.solver, batches, None), 4),
-        "solver-update-replay": (
-            lambda: next(solver_replay),
-            lambda: plain_solver_update(plain.solver, batches, plain_old),
-            block,
-        ),
-        "replay-sampling": (
-            lambda: drawn.sample(options.batch_size),
-            lambda: plain_replay(plain_old, options.batch_size),
-            block,
-        ),
-        "batch": (lambda: split.sample(options.batch_size), lambda: next(batches), 200),
-        "testing": (
-            lambda: train.precision(ours.solver.remember(), test, utils.images_at_once(device)),
-            lambda: plain_testing(plain_old.solver, plain_test, options, device),
-            1,
-        ),
+    def our_ways(scholar_options: models.ScholarOptions) -> dict[str, Callable[[], Any]]:
+        ours = models.make_scholar(1, CLASSES, scholar_options, compute_dtype=dtype).to(device)
+
+        def replay() -> dgr.GenerativeReplay:
+            mode = dgr.GenerativeReplay(ours, [split], dgr.Targets("hard"))
+            mode.block = block
+            return mode
+
+        drawn = replay()
+        return {
+            "generator-update": partial(next, dgr.learn_generator(ours.generator, split, None, r=1.0, **how)),
+            "generator-update-replay": partial(next, dgr.learn_generator(ours.generator, split, replay(), r=R, **how)),
+            "solver-update": partial(next, dgr.learn_solver(ours.solver, split, None, r=1.0, **how)),
+            "solver-update-replay": partial(next, dgr.learn_solver(ours.solver, split, replay(), r=R, **how)),
+            "replay-sampling": lambda: drawn.sample(options.batch_size),
+            "batch": lambda: split.sample(options.batch_size),
+            "testing": lambda: train.precision(ours.solver.remember(), test, block),
+        }
+
+    ours = our_ways(scholar_options)
+    # A graph's operations can't be counted while it is replayed.
+    counted = our_ways(eager_options) if scholar_options.cuda_graphs else ours
+    plain = make_plain(models.make_scholar(1, CLASSES, eager_options).to(device), scholar_options)
+    old = copy.deepcopy(plain).eval().requires_grad_(False)
+    batches = plain_batches(plain_images, options, device)
+    plain_ways: dict[str, Callable[[], Any]] = {
+        "generator-update": lambda: plain_generator_update(plain.generator, batches, None),
+        "generator-update-replay": lambda: plain_generator_update(plain.generator, batches, old),
+        "solver-update": lambda: plain_solver_update(plain.solver, batches, None),
+        "solver-update-replay": lambda: plain_solver_update(plain.solver, batches, old),
+        "replay-sampling": lambda: plain_replay(old, options.batch_size),
+        "batch": lambda: next(batches),
+        "testing": lambda: plain_testing(old.solver, plain_test, options, device),
     }
+    # So many calls that blocks of replayed pairs are drawn about as often as they are used up.
+    a_block = 8 * -(-block // (8 * options.batch_size))
+    calls = {"generator-update": 2, "generator-update-replay": a_block // 2, "solver-update": 4}
+    calls |= {"solver-update-replay": a_block, "replay-sampling": a_block, "batch": 200, "testing": 1}
     flops_limit, bytes_limit = peak_rates(clock, dtype)
     table = []
-    for name, (our_way, plain_way, times) in rows.items():
+    for name, times in calls.items():
+        our_way, plain_way = ours[name], plain_ways[name]
         for way in (our_way, plain_way):  # warm up
             way()
         our_times, plain_times = [], []
@@ -267,7 +260,7 @@ def measure(options: argparse.Namespace, repetitions: int) -> list[dict[str, Any
             pixels = options.batch_size * split.images[0].numel()
             share = pixels * (1 + 1 + 1 + 4) / our_seconds / bytes_limit
         else:
-            share = operations(our_way, times) / our_seconds / flops_limit
+            share = operations(counted[name], times) / our_seconds / flops_limit
         row = {
             "name": name,
             "device": utils.device_name(device),

@@ -20,6 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 import models  # noqa: E402
 
+torch.set_num_threads(1)  # as in the processes that tests start: sums over threads differ in their rounding
+
 # A scholar small enough for unit tests.
 SMALL = models.ScholarOptions(
     generator_z_size=5,

@@ -76,9 +76,14 @@ def test_every_variation_changes_what_is_learned_and_is_kept(figures, tmp_path, 
     assert len(names) > 10 and all(f"  {name} " in process.stdout for name in names)
     metrics = [path.read_text() for path in tmp_path.glob("results/ablations/*/seed-0/result/*/metrics.csv")]
     assert len(metrics) == len(set(metrics)) == len(names)
-    again = call("benchmarks/ablations.py", *flags, cwd=tmp_path)
-    assert again.stdout.count("there is nothing to resume") == len(names)
+    runs = figures.visual.find_runs([tmp_path / "results"])
+    assert len(figures.visual.arms_of(runs)["permutated-mnist"]) == len(names)
+    again = call("benchmarks/ablations.py", names[0], names[-1], *flags, cwd=tmp_path)
+    assert again.stdout.count("there is nothing to resume") == 2
     assert json.loads((tmp_path / "results/ablations.json").read_text()) == content
+    aside = shutil.copytree(runs[0].directory, runs[0].directory.with_name(f"{runs[0].directory.name}~1"))
+    other = json.loads((aside / "summary.json").read_text()) | {"average_precision": -1.0}
+    (aside / "summary.json").write_text(json.dumps(other))
     shutil.rmtree(figures.ABLATIONS)
     figures.keep_ablations(tmp_path / "results")
     assert str(tmp_path) not in "".join(path.read_text() for path in figures.ABLATIONS.rglob("*.json"))

@@ -3,6 +3,7 @@
 import gzip
 import os
 import pickle
+import shutil
 import struct
 import threading
 import zipfile
@@ -162,6 +163,15 @@ def test_split_mnist_shares_out_the_digits(small_mnist):
 def test_split_mnist_in_other_parts(small_mnist, number, sizes):
     tasks = data.split_mnist(accepting(small_mnist), replace(OPTIONS, mnist_split_number=number))
     assert [len(task.train.labels.unique()) for task in tasks] == sizes
+
+
+def test_split_mnist_without_a_digit_is_refused(tmp_path, small_mnist):
+    library = accepting(shutil.copytree(small_mnist, tmp_path / "data"))
+    labels = library.data_dir / "mnist/MNIST/raw/t10k-labels-idx1-ubyte"
+    labels.write_bytes(labels.read_bytes()[:8] + labels.read_bytes()[8:].replace(b"\x09", b"\x08"))
+    with pytest.raises(UserError, match="no images of digit 9"):
+        data.split_mnist(library, replace(OPTIONS, mnist_split_number=10))
+    assert len(data.split_mnist(library, OPTIONS)) == 5
 
 
 def test_chain_is_five_times_mnist(small_mnist):

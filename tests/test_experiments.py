@@ -18,6 +18,7 @@ import test_resume
 from conftest import ROOT, TINY, assert_one_line_error, call, run, start, write_small_mnist
 
 import main
+import visual
 
 NAME = "permutated-mnist-generative-replay-r0.3"
 NAMES = ["permutated-mnist-none-r1", "permutated-mnist-exact-replay-r0.3", NAME]
@@ -107,7 +108,9 @@ def do(full, cwd, data, *flags):
     (job,) = full.jobs_of("noise-replay", None, [f"--data-dir={data}", *TINY, *flags])
     with contextlib.chdir(cwd):
         if job.is_finished():
+            assert not job.starts_anew()
             return None
+        assert job.starts_anew()
         (command,) = job.commands
     return call("main.py", *command, cwd=cwd)
 
@@ -116,6 +119,7 @@ def test_a_run_with_other_flags_is_set_aside(full, copy_of_finished, small_mnist
     assert do(full, copy_of_finished, small_mnist) is None
     process = do(full, copy_of_finished, small_mnist, "--lr=2e-3")
     assert process.returncode == 0 and "of an earlier run is kept as" in process.stdout
+    assert do(full, copy_of_finished, small_mnist, "--lr=2e-3") is None
     directory = copy_of_finished / "results/permutated-mnist-noise-replay-r0.3"
     rates = [json.loads((d / "config.json").read_text())["options"]["lr"] for d in (directory, aside(directory))]
     assert rates == [2e-3, 1e-3]
@@ -222,22 +226,45 @@ def test_no_ray_is_one_line(tmp_path, small_mnist):
     assert_one_line_error(process, 1, "requirements-cluster.txt")
 
 
-def test_a_worker_goes_on_and_sends_what_is_new_and_what_is_gone(full, tmp_path, small_mnist, monkeypatch):
-    """From the unfinished state at home to a finished run there, without the state."""
+@pytest.mark.parametrize("refusals", [0, 1, 1000])
+def test_a_worker_goes_on_and_sends_what_is_new_and_what_is_gone(full, tmp_path, small_mnist, monkeypatch, refusals):
+    """From the unfinished state at home to a finished run there, without the state; if home takes it, now or later."""
     monkeypatch.setattr("sys.argv", sys.argv)  # which the worker sets
     monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(get=lambda result: result))
-    home = full.Gather()
+    home, refused = full.Gather(), []
+
+    def put(*arguments):
+        if len(refused) < refusals:
+            refused.append(arguments)
+            raise OSError("a full disk")
+        home.put(*arguments)
+
     gather = types.SimpleNamespace(
-        files=types.SimpleNamespace(remote=home.files), put=types.SimpleNamespace(remote=home.put)
+        files=types.SimpleNamespace(remote=home.files), put=types.SimpleNamespace(remote=put)
     )
     test_resume.run_until(monkeypatch, 5, test_resume.flags(tmp_path, small_mnist))
     places = {f"{kind}_dir": str(tmp_path / f"{kind}s") for kind in ("result", "checkpoint", "sample")}
     paths = main.Paths(*(tmp_path / f"{kind}s" / NAME for kind in ("result", "checkpoint", "sample")))
     assert not paths.finished
-    assert full.work_on_ray(NAME, [test_resume.flags(tmp_path, small_mnist, "--resume")], places, gather) is None
-    assert paths.finished
+    arguments = test_resume.flags(tmp_path, small_mnist, "--resume")
+    problem = full.work_on_ray(NAME, [arguments], places, gather)
+    if refusals == 1000:
+        assert "could not be sent: a full disk" in problem and not paths.finished and paths.resumable
+        return
+    assert problem is None and paths.finished and len(refused) == refusals
+    kept = visual.Run(paths.results)
+    assert {kind: kept.options[kind] for kind in places} == places
+    pictures = kept.kept_samples().values()
+    assert len(pictures) == 4 and all(path.parent == paths.sample_log for path in pictures)
     assert not list(tmp_path.glob("checkpoints/*.unfinished*"))
     assert "goes on at task" in (tmp_path / f"results/{NAME}.log").read_text()
+
+
+def test_a_command_names_directories_of_home_where_it_ended_with_those_of_a_worker(full):
+    command = ["./main.py", "--train", "--result-dir=r/seed-1", "--lr=1", "--result-dir=/tmp/x/result_dir"]
+    config = full.at_home(json.dumps({"command": command, "options": {"lr": 1}}).encode(), {"result_dir": "/home/r"})
+    assert json.loads(config)["command"] == [*command[:-1], "--result-dir=/home/r"]
+    assert json.loads(config)["options"] == {"lr": 1, "result_dir": "/home/r"}
 
 
 @pytest.mark.parametrize("content", ["", '{"seed": 0}'])

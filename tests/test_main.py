@@ -267,6 +267,10 @@ def test_samples_of_no_checkpoint(tmp_path):
     assert_one_line_error(draw(tmp_path), 1, f"no scholar at checkpoints/{NAME}", "--train")
 
 
+def test_a_line_break_in_a_path_makes_no_second_line(tmp_path):
+    assert_one_line_error(draw(tmp_path, "--checkpoint-dir=a\nb"), 1, "no scholar at a b")
+
+
 def test_checkpoint_of_another_shape_is_refused(copy_of_trained):
     process = draw(copy_of_trained, "--generator-z-size=9", "--solver-channel-size=32")
     assert_one_line_error(process, 1, "--generator-z-size 8, not 9", "--solver-channel-size 16, not 32")
@@ -319,6 +323,7 @@ def test_malicious_checkpoint_is_not_executed(copy_of_trained):
         (["--train", "--mnist-permutation-number=0"], ["--mnist-permutation-number"]),
         (["--train", "--lr=0"], ["--lr", "above 0"]),
         (["--train", "--lr=inf"], ["--lr"]),
+        (["--train", "--replay-targets=soft", "--temperature=1e200"], ["--temperature", "at most 1000"]),
         (["--train", "--beta1=1"], ["--beta1", "below 1"]),
         (["--train", "--solver-channel-size=1001"], ["--solver-channel-size", "multiple of 8"]),
         (["--train", "--solver-depth=1"], ["--solver-depth", "from 2"]),
@@ -435,5 +440,7 @@ def test_help_has_every_option_with_its_default(tmp_path):
 def test_data_directory_from_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("DGR_DATA_DIR", str(tmp_path))
     assert main.parse(["--train"]).data_dir == tmp_path
+    monkeypatch.setenv("DGR_DATA_DIR", "/data/100%d")
+    assert "(default: /data/100%d)" in main.make_parser().format_help()
     monkeypatch.setenv("DGR_DATA_DIR", "")
     assert str(main.parse(["--train"]).data_dir) == "datasets"

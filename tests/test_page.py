@@ -159,7 +159,7 @@ def test_the_page_of_a_run_is_what_its_files_say(tmp_path, small_mnist, page):
         shorter = {"generator": 20, "solver": 12}
         process = start("main.py", *arguments, "--solver-iterations=12", cwd=tmp_path)
         _, error = process.communicate(timeout=120)
-        assert process.returncode == 0 and (tmp_path / "results" / f"{NAME}.1").exists(), error
+        assert process.returncode == 0 and (tmp_path / "results" / f"{NAME}~1").exists(), error
         expected = points_of(directory, shorter)
         for _ in range(2):
             wait_for(lambda: points_seen(page) == expected)
@@ -238,8 +238,8 @@ def test_tensorboard_shows_what_the_files_say(tmp_path, small_mnist):
     run_here(flags(tmp_path, small_mnist, "--tensorboard", "--lr=2e-3"))
     assert_board_is_what_the_files_say(directory)
     assert hparams_of(directory)["lr"] == 2e-3
-    assert_board_is_what_the_files_say(directory.with_name(f"{NAME}.1"))
-    assert hparams_of(directory.with_name(f"{NAME}.1"))["lr"] == 1e-3
+    assert_board_is_what_the_files_say(directory.with_name(f"{NAME}~1"))
+    assert hparams_of(directory.with_name(f"{NAME}~1"))["lr"] == 1e-3
 
 
 # Of the 23 states of such a run (tests/test_resume.py): in the first generator, the first solver, the second of both.

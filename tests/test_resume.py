@@ -18,6 +18,7 @@ from conftest import TINY, run, start
 import main
 import models
 import train
+import visual
 from utils import UserError
 
 NAME = "permutated-mnist-generative-replay-r0.3"
@@ -130,7 +131,16 @@ def test_without_resume_an_unfinished_run_is_set_aside_whole(tmp_path, small_mni
         assert (tmp_path / "checkpoints" / f"{name}~1").read_bytes() == content
     assert (tmp_path / "results" / f"{NAME}~1" / "metrics.csv").exists()
     assert not (tmp_path / "results" / f"{NAME}~1" / "summary.json").exists()
-    assert len(list((tmp_path / "samples" / f"{NAME}~1").glob("*.jpg"))) > 0
+    for suffix in ("", "~1"):
+        pictures = visual.Run(tmp_path / "results" / f"{NAME}{suffix}").kept_samples().values()
+        assert pictures and all(path.parent == tmp_path / "samples" / f"{NAME}{suffix}" for path in pictures)
+
+
+def test_pictures_in_another_directory_after_a_stop_are_found(tmp_path, small_mnist, monkeypatch):
+    run_until(monkeypatch, 14, flags(tmp_path, small_mnist))
+    (tmp_path / "samples").rename(tmp_path / "moved")
+    run_here(flags(tmp_path, small_mnist, "--resume", f"--sample-dir={tmp_path / 'moved'}"))
+    assert len(visual.Run(tmp_path / "results" / NAME).kept_samples()) == 4
 
 
 def test_resume_with_other_flags_is_refused(tmp_path, small_mnist, monkeypatch):

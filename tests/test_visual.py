@@ -336,6 +336,13 @@ def test_figure_of_runs_side_by_side(tmp_path, capsys):
     assert "| permutated-mnist | exact-replay | 0 | 0.650 | 0.250 | 12 | .955 | .96 to .97 |" in said
 
 
+def test_unofficial_data_are_named_so(tmp_path):
+    directory = write_run(tmp_path / "a", unverified={"cifar10/test_batch": "0"})
+    config = json.loads((directory / "config.json").read_text()) | {"tasks": ["CIFAR-10", "MNIST"]}
+    (directory / "config.json").write_text(json.dumps(config))
+    assert visual.Run(directory).tasks == ["unofficial CIFAR10", "MNIST"]
+
+
 @pytest.fixture
 def results(tmp_path):
     """Two seeds of one arm, an arm with samples, one with another r, and what a later run set aside."""
@@ -443,6 +450,13 @@ def test_unfinished_run_is_drawn_and_named_so(tmp_path):
 def test_directory_that_is_no_run_is_an_error(tmp_path, content):
     directory = write_run(tmp_path / "a")
     (directory / "config.json").write_text(content)
+    with pytest.raises(UserError, match="not the files of a run"):
+        visual.Run(directory)
+
+
+def test_metrics_that_are_no_table_are_an_error(tmp_path):
+    directory = write_run(tmp_path / "a")
+    (directory / "metrics.csv").write_text("phase,task,iteration,name,value\n" + "x" * 200_000)
     with pytest.raises(UserError, match="not the files of a run"):
         visual.Run(directory)
 
