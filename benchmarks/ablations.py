@@ -249,7 +249,7 @@ def run() -> None:
     train.write_json(table, with_earlier(content, table))
     print(f"\naverage precision, seeds {here.seeds}:")
     for name, values in precisions.items():
-        print(f"  {name:<38} {visual.spread(values, 3)}")
+        print(f"  {name:<40} {visual.spread(values, 3)}")
 
 
 if __name__ == "__main__":
