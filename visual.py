@@ -786,7 +786,7 @@ def samples_figure(arms: Sequence[Arm]) -> Figure | None:
     return figure
 
 
-FRAMES = 60  # of an animation, at most
+FRAMES = 30  # of an animation, at most
 
 
 def save_animation(arms: Sequence[Arm], path: Path) -> bool:

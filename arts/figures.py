@@ -54,7 +54,7 @@ def copy_run(run: visual.Run, target: Path) -> None:
     """Copy the files of a run without paths of this machine, and with fewer rows of losses."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    kept_samples = run.kept_samples()
+    kept_samples = {} if run.seed else run.kept_samples()  # of one seed, which is what figures show
     for path in run.options:
         if path.endswith("_dir"):
             run.options[path] = ""
