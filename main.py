@@ -431,7 +431,7 @@ def train_scholar(options: argparse.Namespace, tasks: list[data.Task], library: 
         images_at_once=utils.images_at_once(device),
     )
     config = describe_run(options, tasks, library, dtype)
-    start = read_state(paths.state, config) if options.resume else None
+    start = read_state(paths, config) if options.resume else None
     if start is None:
         paths.set_aside()
     files = train.RunFiles(paths.results, config, start and start["files"])
@@ -520,9 +520,9 @@ def flag(key: str) -> str:
     return f"--{key.replace('_', '-')}"
 
 
-def read_state(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+def read_state(paths: Paths, config: dict[str, Any]) -> dict[str, Any] | None:
     """The last good state of an unfinished run; None if there is none. It must be of a run with the same options."""
-    for candidate in (path, models.previous(path)):
+    for candidate in (paths.state, models.previous(paths.state)):
         if not candidate.exists():
             continue
         try:
@@ -541,8 +541,8 @@ def read_state(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
             if state["config"][key] != config[key]:
                 utils.warn(f"the run began with {key} {state['config'][key]}: the rest of it may differ a little")
         return state
-    if path.exists() or models.previous(path).exists():
-        raise UserError(f"{path}: no good state is left; leave out --resume to start again") from problem
+    if paths.resumable:
+        raise UserError(f"{paths.state}: no good state is left; leave out --resume to start again") from problem
     return None
 
 

@@ -196,21 +196,21 @@ def chain_table(arm: visual.Arm) -> str:
 def overview(runs: list[visual.Run]) -> list[str]:
     """Average precisions of the arms in figures, a row for each experiment, size and pair of networks."""
     names = {"wgan": "WGAN-GP", "vae": "VAE", "cnn": "CNN", "mlp": "MLP"}
-    rows: list[tuple[str, dict[str, str]]] = []
+    rows: dict[str, list[dict[str, str]]] = {}
     for size in SIZES:
         for experiment, arms in visual.arms_of([run for run in runs if size_of(run) == size]).items():
             for together in drawn(arms).values():
                 cells = {arm.first.replay_mode: visual.cells(arm) for arm in together}
                 run = together[-1].first
                 row = {"experiment": visual.cells(together[0])["experiment"], "size": "`--quick`" if size else "full"}
-                networks = [names[run.options[key]] for key in ("generator", "solver")]
+                networks = [names.get(run.options[key], run.options[key]) for key in ("generator", "solver")]
                 row["networks"] = ", ".join(networks + ["narrow"] * is_narrow(run))
                 for mode in visual.MODES:
                     own = cells.get(mode, dict.fromkeys(visual.COLUMNS, ""))
                     row[mode] = own["average precision"] + (f" ({own['paper']})" if own["paper"] else "")
-                rows.append((experiment, row))
-    rows.sort(key=lambda row: visual.EXPERIMENTS.index(row[0]))
-    return [visual.markdown([row for _, row in rows]), ""]
+                rows.setdefault(experiment, []).append(row)
+    order = sorted(rows, key=[run.experiment for run in runs].index)
+    return [visual.markdown([row for experiment in order for row in rows[experiment]]), ""]
 
 
 def draw_size(runs: list[visual.Run], size: str) -> list[str]:
