@@ -96,6 +96,15 @@ def throw(error):
     raise error
 
 
+@pytest.mark.parametrize(("amx", "dtype"), [(True, torch.bfloat16), (False, None)])
+def test_a_cpu_computes_in_bf16_only_with_amx(monkeypatch, amx, dtype):
+    """AVX512-BF16 without AMX multiplies bf16 at half the rate of float32: see benchmarks/README.md."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert utils.choose_precision("auto", torch.device("cpu")) is dtype
+    assert utils.choose_precision("bf16", torch.device("cpu")) is torch.bfloat16
+
+
 def test_hostile_names_stay_in_their_directories(tmp_path, small_mnist):
     """A task's name is the file's, and the run's name is made of it."""
     source = tmp_path / "x" / "..;$(touch executed) \n.npz"
