@@ -109,6 +109,24 @@ def two_losses(
         yield generator.generator_step(batch_size)
 
 
+def critic_of_2017(*, channel_size: int, image_channels: int) -> gan.Network:
+    """The last convolution has stride 1, and the head takes 64 c values where an image has 72 c: its rows mix images.
+
+    In batches of a multiple of 8.
+    """
+    c = channel_size
+    layers: list[nn.Module] = []
+    for channels_in, channels_out, stride in (
+        (image_channels, c, 2),
+        (c, 2 * c, 2),
+        (2 * c, 4 * c, 2),
+        (4 * c, 8 * c, 1),
+    ):
+        layers += [gan.Convolution(channels_in, channels_out, 4, stride=stride, padding=1), gan.LeakyReLU(0.01)]
+    mix = nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (-1, 64 * c)))
+    return gan.Network(*layers, mix, nn.Linear(64 * c, 1))
+
+
 def tenth(noise: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda self, n: 0.1 * noise(self, n)
 
@@ -165,6 +183,7 @@ VARIATIONS = {
         instead={(models.WGAN, "update"): one_batch_for_all(models.WGAN.update)}
     ),
     "norm over channels": Variation(instead={(gan, "gradient_penalty"): penalty_of_pixels}),
+    "critic of 2017": Variation(instead={(gan, "critic_network"): critic_of_2017}),
     "z times 0.1": Variation(instead={(dgr.Generator, "noise"): tenth(dgr.Generator.noise)}),
     "two losses instead of the mix": Variation(instead={(dgr, "learn_generator"): two_losses}),
     "bare first convolution of the solver": Variation(
