@@ -13,6 +13,7 @@ import csv
 import json
 import re
 import shutil
+import statistics
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -280,11 +281,26 @@ def ablations() -> list[str]:
     return ["### One thing at a time", "", f"{lead} {code(content['flags'])}; {made}:", "", visual.markdown(rows), ""]
 
 
+def curves_and_summaries(runs: list[visual.Run]) -> list[str]:
+    """How far precisions on evenly spread test images, which curves show, are from those on whole test sets."""
+    away = []
+    for run in runs:
+        last = {(row["phase"], row["task"], row["name"]): float(row["value"]) for row in run.rows}
+        pairs = [(value, last.get(("solver", *key))) for (phase, *key), value in last.items() if phase == "test"]
+        away += [abs(whole - some) for whole, some in pairs if some is not None]
+    images = ", ".join(str(number) for number in sorted({run.options["test_size"] for run in runs}))
+    lead = f"Curves, on {images} evenly spread test images, end on average"
+    return [f"{lead} {statistics.mean(away):.4f} from the precision on the whole test set ({len(away)} ends).", ""]
+
+
 def draw_all() -> None:
     runs = visual.find_runs([RUNS])
     text = [line for size in SIZES for line in draw_size([run for run in runs if size_of(run) == size], size)]
     readme = README.read_text()
-    for mark, lines in (("overview", overview(runs)), ("results", text + ablations())):
+    for mark, lines in (
+        ("overview", overview(runs)),
+        ("results", text + ablations() + curves_and_summaries(runs)),
+    ):
         marks = re.compile(rf"(<!-- {mark} -->\n).*(<!-- end of {mark} -->)", re.DOTALL)
         readme = marks.sub(lambda found, lines=lines: found[1] + "\n".join(lines) + found[2], readme)
     with atomic_write(README) as file:
