@@ -33,20 +33,21 @@ figures: .venv/installed
 report: .venv/installed
 	$(PY) visual.py $(RUNS) --report results/report.html
 
-# Python 3.11 gets its visdom, the last one for it, in a step of its own; later ones have it in requirements.txt.
+# visdom comes in a step of its own where not in requirements.txt: the last one for Python 3.11, and for 3.15 the usual one.
 PY311 := requirements-visdom-py311.txt
+PIP := $(PY) -m pip install --disable-pip-version-check
+IS = $(PY) -c 'import sys; sys.exit(not sys.version_info $(1))'
 
 .venv/installed: requirements.txt $(PY311)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --disable-pip-version-check -r requirements.txt
-	if $(PY) -c 'import sys; sys.exit(sys.version_info >= (3, 12))'; then \
-		PIP_CONSTRAINT=$(PY311) PIP_BUILD_CONSTRAINT=$(PY311) \
-		$(PY) -m pip install --disable-pip-version-check -r $(PY311); fi
+	$(PIP) -r requirements.txt
+	if $(call IS,< (3, 12)); then PIP_CONSTRAINT=$(PY311) PIP_BUILD_CONSTRAINT=$(PY311) $(PIP) -r $(PY311); fi
+	if $(call IS,>= (3, 15)); then $(PIP) --no-deps 'visdom>=0.3.0'; fi
 	touch $@
 
 .venv/installed-dev: .venv/installed requirements-dev.txt
-	$(PY) -m pip install --disable-pip-version-check -r requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
 	touch $@
 
 clean:
