@@ -255,7 +255,7 @@ def test_cifar10_batches_are_read_without_executing_them(tmp_path):
     images = random.integers(0, 256, (4, 3072), dtype=np.uint8)
     for name in data.DATA_SETS["cifar10"].md5:
         content = {"batch_label": name, "labels": [0, 9, 1, 2], "data": images}
-        (tmp_path / name).write_bytes(pickle.dumps(content))
+        (tmp_path / name).write_bytes(pickle.dumps(content, protocol=4))
     (train, labels), (test, _) = data.DATA_SETS["cifar10"].read(tmp_path)
     assert train.shape == (20, 3, 32, 32) and test.shape == (4, 3, 32, 32) and labels[:4].tolist() == [0, 9, 1, 2]
     assert np.array_equal(test[1, 2].numpy().ravel(), images[1, 2048:])
