@@ -869,7 +869,7 @@ def spread(values: Sequence[float], digits: int) -> str:
     if not values:
         return ""
     deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{deviation}"
+    return f"{np.mean(values):z.{digits}f}{deviation}"  # z: no -0.000
 
 
 def cells(arm: Arm) -> dict[str, str]:
