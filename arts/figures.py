@@ -33,6 +33,12 @@ RUNS = ARTS / "runs"
 ABLATIONS = ARTS / "ablations"
 README = ROOT / "README.md"
 SIZES = {"": "Full size", "-quick": "`--quick` size"}
+# The figures of each experiment; `visual.py arts/runs --figures DIR` draws all there are.
+SHOWN = {
+    "precision": "precision on each task",
+    "average": "average precision on the tasks so far",
+    "samples": "samples of the generator after each task",
+}
 
 
 # ------------------------------------------------------------------------------------------------------- keep
@@ -243,27 +249,20 @@ def draw_experiment(arms: list[visual.Arm], stem: Path, size: str) -> list[str]:
     """Figures of the arms of one experiment, named after `stem`, and what the README says of them."""
     experiment = arms[0].first.experiment
     text = [heading(experiment, arms, size), ""]
-    for kind, draw in visual.FIGURES.items():
-        if figure := draw(arms):
+    for kind, says in SHOWN.items():
+        if experiment in main.CHAINS and kind == "average":  # of one task at a time: says what precision says
+            continue
+        if figure := visual.FIGURES[kind](arms):
             path = stem.with_name(f"{stem.name}-{kind}.png")
             visual.write_figure(figure, path)
             Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
-            one_task_at_a_time = experiment in main.CHAINS and kind == "average"  # says what precision says
-            if kind in SHOWN and not one_task_at_a_time:
-                text += [f"![{SHOWN[kind]}]({rel(path)})", ""]
+            text += [f"![{says}]({rel(path)})", ""]
     if experiment in main.CHAINS:
         text += [chain_table(arms[-1]), ""]
     animation = stem.with_name(f"{stem.name}.gif")
     if visual.save_animation(arms, animation):
         text += [f"![the generator through all tasks]({rel(animation)})", ""]
     return text
-
-
-SHOWN = {
-    "precision": "precision on each task",
-    "average": "average precision on the tasks so far",
-    "samples": "samples of the generator after each task",
-}
 
 
 def ablations() -> list[str]:

@@ -28,7 +28,7 @@ SOURCES = sorted(
 )
 SCRIPTS = ["visual.py", "arts/figures.py", "benchmarks/bench.py", "benchmarks/ablations.py", "run_full_experiments"]
 # Flags of other programs that are named: visdom's server (with one dash: not found here), SLURM, pip, git.
-FOREIGN = {"--logdir", "--array", "--gpus", "--wrap", "--abbrev", "--always", "--dirty"}
+FOREIGN = {"--logdir", "--no-deps", "--array", "--gpus", "--wrap", "--abbrev", "--always", "--dirty"}
 
 
 def help_of(script):
