@@ -255,6 +255,8 @@ def run() -> None:
     here, flags = parser.parse_known_args()
     if unknown := [name for name in here.variations if name not in VARIATIONS]:
         parser.error(f"no such variation: {unknown[0]!r}; there are: {'; '.join(VARIATIONS)}")
+    if "critic of 2017" in (here.variations or VARIATIONS) and main.parse([*FLAGS, *flags]).batch_size % 8:
+        parser.error("argument --batch-size: the critic of 2017 takes multiples of 8")
     runs = {
         variation: [learn(variation, seed, flags, here.results) for seed in here.seeds]
         for variation in here.variations or VARIATIONS

@@ -100,3 +100,9 @@ def test_what_the_machine_cannot_do_is_one_line(tmp_path, script):
 
 def test_unknown_variation_is_one_line(tmp_path):
     assert_one_line_error(call("benchmarks/ablations.py", "no gravity", cwd=tmp_path), 2, "'no gravity'", "as it is")
+
+
+def test_batches_that_the_critic_of_2017_cannot_take_are_one_line(tmp_path):
+    process = call("benchmarks/ablations.py", "critic of 2017", "--batch-size=20", cwd=tmp_path)
+    assert_one_line_error(process, 2, "--batch-size", "multiples of 8")
+    assert not list(tmp_path.iterdir())
