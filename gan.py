@@ -56,17 +56,11 @@ class Convolution(nn.Conv2d):
         places = len(x) * height * width
         if x.device.type != "cpu" or places > self.out_channels:
             return super().forward(x)
-        if torch.is_grad_enabled():
-            patches = F.unfold(x, k, padding=padding, stride=stride).transpose(1, 2)  # (n, places, channels * k * k)
-            weight = self.weight.flatten(1)
-        else:  # rows of k * channels values at once, which has no fast gradient
-            x = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding)).contiguous()
-            image, row, column, _ = x.stride()
-            shape = (len(x), height, width, k, k * self.in_channels)
-            patches = x.as_strided(shape, (image, row * stride, column * stride, row, 1))
-            weight = self.weight.permute(0, 2, 3, 1).flatten(1)
+        x = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))
+        patches = x.unfold(1, k, stride).unfold(2, k, stride).permute(0, 1, 2, 4, 5, 3)  # (..., k, k, channels)
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)
         y = F.linear(patches.reshape(places, weight.shape[1]), weight, self.bias)  # (places, out_channels)
-        return y.view(len(x), height, width, -1).permute(0, 3, 1, 2)
+        return y.view(len(x), height, width, self.out_channels).permute(0, 3, 1, 2)
 
 
 class LeakyReLU(nn.LeakyReLU):
@@ -76,7 +70,7 @@ class LeakyReLU(nn.LeakyReLU):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.full_like(x, self.negative_slope).masked_fill_(x > 0, 1)
+        return x * x.detach().sign().clamp_(min=self.negative_slope)
 
 
 def generator_network(*, z_size: int, channel_size: int, image_channels: int) -> Network:
