@@ -880,9 +880,9 @@ def cells(arm: Arm) -> dict[str, str]:
     values = [arm.first.experiment + note, arm.label, seeds + (f" ({unfinished} not finished)" if unfinished else "")]
     for key, digits in (("average_precision", 3), ("forgetting", 3), ("seconds", 0)):
         values.append(spread([run.summary[key] for run in arm.finished], digits))
-    return dict(
-        zip(COLUMNS, [*values, *PUBLISHED.get((arm.first.experiment, arm.first.replay_mode), ("", ""))], strict=True)
-    )
+    of = f" on {', '.join(name.upper() for name in arm.first.unofficial)}" if arm.first.unofficial else ""
+    published = PUBLISHED.get((arm.first.experiment, arm.first.replay_mode), ("", ""))
+    return dict(zip(COLUMNS, [*values, *(number and number + of for number in published)], strict=True))
 
 
 def markdown(rows: Sequence[dict[str, str]]) -> str:

@@ -171,6 +171,12 @@ def heading(experiment: str, arms: list[visual.Arm], size: str) -> str:
     return "; ".join([text, *(f"{label}: {flags}" for label, flags in own.items() if flags)])
 
 
+def kept_as(arm: visual.Arm) -> str:
+    """The directories of an arm's runs in arts/runs, as a shell would expand it."""
+    seeds = ",".join(str(run.seed) for run in arm.runs)
+    return re.sub(r"-seed\d+", f"-seed{{{seeds}}}" if "," in seeds else f"-seed{seeds}", arm.first.directory.name)
+
+
 def code(flags: Iterable[str]) -> str:
     return " ".join(f"`{flag}`" for flag in flags)
 
@@ -232,7 +238,10 @@ def draw_size(runs: list[visual.Run], size: str) -> list[str]:
     others: list[dict[str, str]] = []
     for arm in (arm for arms in experiments.values() for arm in arms):
         (table if id(arm) in shown else others).append(row_of(arm))
-    text = [f"### {SIZES[size]}", "", f"`./main.py --train{flags} --experiment=... --replay-mode=... --seed=...`, and:"]
+    own_data = ", ".join(sorted({called for run in runs for called in run.unofficial.values()}))
+    lead = f"`./main.py --train{flags} --experiment=... --replay-mode=... --seed=...`, and"
+    lead += f" (with {own_data}: `--unverified-data` too)" if own_data else ""
+    text = [f"### {SIZES[size]}", "", f"{lead}:"]
     text += ["", visual.markdown(table), ""]
     if others:
         summary = (
@@ -248,7 +257,9 @@ def draw_size(runs: list[visual.Run], size: str) -> list[str]:
 def draw_experiment(arms: list[visual.Arm], stem: Path, size: str) -> list[str]:
     """Figures of the arms of one experiment, named after `stem`, and what the README says of them."""
     experiment = arms[0].first.experiment
-    text = [heading(experiment, arms, size), ""]
+    kept = ", ".join(f"`{kept_as(arm)}`" for arm in arms)
+    note = "; samples are of the first seed" if any(arm.first.kept_samples() for arm in arms) else ""
+    text = [heading(experiment, arms, size), "", f"Runs: {kept}{note}.", ""]
     for kind, says in SHOWN.items():
         if experiment in main.CHAINS and kind == "average":  # of one task at a time: says what precision says
             continue
@@ -271,9 +282,8 @@ def ablations() -> list[str]:
     rows = []
     for name in content["average_precision"]:
         runs = [visual.Run(ABLATIONS / name.replace(" ", "-") / f"seed-{seed}") for seed in content["seeds"]]
-        precisions, seconds = ([run.summary[key] for run in runs] for key in ("average_precision", "seconds"))
-        spreads = {"average precision": visual.spread(precisions, 3), "seconds": visual.spread(seconds, 0)}
-        rows.append({"permutated-mnist": name} | spreads)
+        precisions = [run.summary["average_precision"] for run in runs]
+        rows.append({"permutated-mnist": name, "average precision": visual.spread(precisions, 3)})
     seeds, commits = ", ".join(map(str, content["seeds"])), ", ".join(commit[:7] for commit in content["commit"])
     made = f"seeds {seeds}; {', '.join(content['device'])}; commit {commits}"
     lead = "One thing at a time done as the 2017 repository does it, or by a flag (`benchmarks/ablations.py`), with"
