@@ -74,6 +74,11 @@ class Split:
         rows = torch.isin(self.labels, classes.to(self.labels.device)).nonzero().flatten()
         return replace(self, images=self.images[rows], labels=self.labels[rows])
 
+    def to(self, device: torch.device) -> "Split":
+        """The same on another device."""
+        permutation = None if self.permutation is None else self.permutation.to(device)
+        return Split(self.images.to(device), self.labels.to(device), permutation)
+
     def spread(self, n: int) -> "Split":
         """At most n of the rows, evenly spread over the split and the same at every call."""
         if n >= len(self):
@@ -321,12 +326,14 @@ class Library:
         directory = self.data_dir / data_set.folder
         self._provide(name, data_set, directory)
         try:
-            train, test = (self._split(*part) for part in data_set.read(directory))
+            train, test = (split_of(*part) for part in data_set.read(directory))
         except OSError as error:
             raise UserError(f"{error.filename or directory}: {reason(error)}") from error
+        except MemoryError:
+            raise
         except Exception as error:  # Readers fail in many ways on a file that is not what it says.
             raise UserError(f"{directory} does not hold {data_set.title} files: {reason(error)}") from error
-        return train, test
+        return train.to(self.device), test.to(self.device)
 
     def load_npz(self, path: Path) -> tuple[Split, Split]:
         """The splits of a user's own file: x_train, y_train, x_test, y_test; x uint8 (n, h, w) or (n, h, w, c)."""
@@ -334,24 +341,13 @@ class Library:
             with np.load(path, allow_pickle=False) as archive:
                 if missing := {"x_train", "y_train", "x_test", "y_test"} - set(archive.files):
                     raise ValueError(f"it has no {', '.join(sorted(missing))}")
-                splits = [self._npz_split(archive, part) for part in ("train", "test")]
+                train, test = (npz_split(archive, part) for part in ("train", "test"))
         except OSError as error:
             raise UserError(f"--tasks: {path}: {reason(error)}") from error
         except Exception as error:  # zip, header and array errors are of many types
             raise UserError(f"--tasks: {path} is not a file of a task: {reason(error)}") from error
         self.checksums[str(path)] = checksum(path)
-        return splits[0], splits[1]
-
-    def _npz_split(self, archive: Any, part: str) -> Split:
-        x, y = archive[f"x_{part}"], archive[f"y_{part}"]
-        if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in (1, 3)):
-            raise ValueError(f"x_{part} is {x.dtype} {x.shape}, expected uint8 (n, h, w), (n, h, w, 1) or (n, h, w, 3)")
-        if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
-            raise ValueError(f"y_{part} is {y.dtype} {y.shape}, expected integers (n,)")
-        if min(x.shape) == 0 or len(x) != len(y):
-            raise ValueError(f"x_{part} is {x.shape} and y_{part} {y.shape}: as many labels as images, at least one")
-        images = torch.from_numpy(x if x.ndim == 4 else x[..., None]).permute(0, 3, 1, 2)
-        return self._split(images, torch.from_numpy(y.astype(np.int64)), most_classes=1000)
+        return train.to(self.device), test.to(self.device)
 
     def _provide(self, name: str, data_set: DataSet, directory: Path) -> None:
         """Make sure that every file is there and official, or accepted by the user."""
@@ -373,13 +369,28 @@ class Library:
         except OSError as error:
             raise UserError(f"data directory {error.filename or directory}: {reason(error)}; see --data-dir") from error
 
-    def _split(self, images: Tensor, labels: Tensor, most_classes: int = 10) -> Split:
-        n, _, height, width = images.shape
-        if n == 0 or n != len(labels) or images.dtype != torch.uint8:
-            raise ValueError(f"{n} images of {height}x{width} with {len(labels)} labels")
-        if not 0 <= int(labels.min()) <= int(labels.max()) < most_classes:
-            raise ValueError(f"labels from {labels.min()} to {labels.max()}, expected 0 to {most_classes - 1}")
-        return Split(to_32x32(images).contiguous().to(self.device), labels.long().to(self.device))
+
+def split_of(images: Tensor, labels: Tensor, most_classes: int = 10) -> Split:
+    """Images (n, channels, height, width) uint8 and labels (n,) from 0 as a split; ValueError says what is wrong."""
+    n, _, height, width = images.shape
+    if n == 0 or n != len(labels) or images.dtype != torch.uint8:
+        raise ValueError(f"{n} images of {height}x{width} with {len(labels)} labels")
+    if not 0 <= int(labels.min()) <= int(labels.max()) < most_classes:
+        raise ValueError(f"labels from {labels.min()} to {labels.max()}, expected 0 to {most_classes - 1}")
+    return Split(to_32x32(images).contiguous(), labels.long())
+
+
+def npz_split(archive: Any, part: str) -> Split:
+    """The "train" or "test" split of a user's own file; ValueError says what is not as it should be."""
+    x, y = archive[f"x_{part}"], archive[f"y_{part}"]
+    if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in (1, 3)):
+        raise ValueError(f"x_{part} is {x.dtype} {x.shape}, expected uint8 (n, h, w), (n, h, w, 1) or (n, h, w, 3)")
+    if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
+        raise ValueError(f"y_{part} is {y.dtype} {y.shape}, expected integers (n,)")
+    if min(x.shape) == 0 or len(x) != len(y):
+        raise ValueError(f"x_{part} is {x.shape} and y_{part} {y.shape}: as many labels as images, at least one")
+    images = torch.from_numpy(x if x.ndim == 4 else x[..., None]).permute(0, 3, 1, 2)
+    return split_of(images, torch.from_numpy(y.astype(np.int64)), most_classes=1000)
 
 
 # ------------------------------------------------------------------------------------------------- experiments

@@ -148,7 +148,9 @@ class VAE(dgr.Generator):
         """The same for the images x (n, channels, 32, 32)."""
         mean, log_variance = self.encoder(x).chunk(2, dim=1)
         z = mean + (log_variance / 2).exp() * self.noise(len(x))
-        reconstruction = F.binary_cross_entropy(self.net(z), x, reduction="sum") / len(x)
+        # Noise replay's x may lie outside [0, 1]; weights that are lost give NaN, which is the task loop's to report.
+        p = self.net(z).nan_to_num(0.5)
+        reconstruction = F.binary_cross_entropy(p, x.clamp(0, 1), reduction="sum") / len(x)
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum() / len(x)
         step(self.optimiser, reconstruction + divergence)
         return {"reconstruction": reconstruction.detach(), "divergence": divergence.detach()}

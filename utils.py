@@ -72,8 +72,9 @@ def end(message: str) -> NoReturn:
 
 
 def warn(message: str) -> None:
-    """One line on standard error."""
-    tqdm.write(f"warning: {message}", file=sys.stderr)
+    """One line on standard error, where there still is one: a terminal may have gone."""
+    with contextlib.suppress(OSError):
+        tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 def reason(error: BaseException) -> str:
@@ -141,7 +142,7 @@ def set_aside(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
 def locked(path: Path) -> Iterator[None]:
     """Hold a lock file, which the operating system frees whatever becomes of this process."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks no file that is open for reading alone
     try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -149,6 +150,8 @@ def locked(path: Path) -> Iterator[None]:
             raise UserError(
                 f"another run of this name is under way ({path} is locked): wait for it, or give other directories"
             ) from error
+        except OSError as error:  # a file system without locks
+            warn(f"{path} can't be locked ({reason(error)}): start no other run of this name before this one ends")
         yield
     finally:
         os.close(file)

@@ -120,7 +120,8 @@ class Progress(Observer):
             self.close()
             return
         seconds, done = time.monotonic() - self._started, self._iterations - (self._first or 1) + 1
-        print(f"{self._title}: {done} iterations in {seconds:.0f} s, {self._summary()}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a terminal that has gone ends no run
+            print(f"{self._title}: {done} iterations in {seconds:.0f} s, {self._summary()}", file=sys.stderr)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -308,6 +308,20 @@ def test_damaged_file_is_one_clear_error(tmp_path, content):
         accepting(tmp_path).load("mnist")
 
 
+def test_what_a_device_says_is_not_said_of_files(tmp_path, monkeypatch):
+    """A GPU that is full, for instance."""
+
+    def to(_split, _device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(data.Split, "to", to)
+    write_small_mnist(tmp_path)
+    write_task(tmp_path / "own.npz")
+    for load in (lambda: accepting(tmp_path).load("mnist"), lambda: accepting(tmp_path).load_npz(tmp_path / "own.npz")):
+        with pytest.raises(torch.OutOfMemoryError):
+            load()
+
+
 def test_labels_out_of_range_are_refused(tmp_path):
     write_small_mnist(tmp_path)
     path = tmp_path / "mnist/MNIST/raw/t10k-labels-idx1-ubyte"

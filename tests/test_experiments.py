@@ -260,6 +260,38 @@ def test_a_worker_goes_on_and_sends_what_is_new_and_what_is_gone(full, tmp_path,
     assert "goes on at task" in (tmp_path / f"results/{NAME}.log").read_text()
 
 
+@pytest.mark.parametrize("wrong", ["--lr=-1", "--tensorboard", "an error of our own"])
+def test_what_went_wrong_in_a_worker_is_said_at_home(full, tmp_path, small_mnist, monkeypatch, wrong):
+    def fail(*_):
+        raise ValueError("something that nobody has thought of")
+
+    monkeypatch.setattr("sys.argv", sys.argv)
+    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(get=lambda result: result))
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # not installed there
+    home = full.Gather()
+    gather = types.SimpleNamespace(
+        files=types.SimpleNamespace(remote=home.files), put=types.SimpleNamespace(remote=home.put)
+    )
+    places = {f"{kind}_dir": str(tmp_path / f"{kind}s") for kind in ("result", "checkpoint", "sample")}
+    arguments, says = test_resume.flags(tmp_path, small_mnist), "argument --lr"
+    if wrong.startswith("--"):
+        arguments.append(wrong)
+        says = wrong
+    else:
+        monkeypatch.setattr(main, "run_training", fail)
+        says = "nobody has thought of"
+    problem = full.work_on_ray(NAME, [arguments], places, gather)
+    assert says.split("=")[0] in problem
+    log = (tmp_path / f"results/{NAME}.log").read_text()
+    assert problem in log and ("Traceback" in log) == (not wrong.startswith("--"))
+
+
+def test_cores_are_counted_where_no_affinity_is_known(full, monkeypatch):
+    """On macOS."""
+    monkeypatch.delattr("os.sched_getaffinity", raising=False)
+    full.run_here([], 1, None)
+
+
 def test_a_command_names_directories_of_home_where_it_ended_with_those_of_a_worker(full):
     command = ["./main.py", "--train", "--result-dir=r/seed-1", "--lr=1", "--result-dir=/tmp/x/result_dir"]
     config = full.at_home(json.dumps({"command": command, "options": {"lr": 1}}).encode(), {"result_dir": "/home/r"})

@@ -1,7 +1,10 @@
 """main.py at tiny sizes: as a user starts it, and its further uses in this process."""
 
 import csv
+import errno
+import fcntl
 import json
+import os
 import pickle
 import shlex
 import shutil
@@ -201,6 +204,34 @@ def test_sample_log_trains_the_generator_in_every_mode(tmp_path, small_mnist):
     grids = sorted(path.name for path in (tmp_path / "samples/permutated-mnist-none-r1").iterdir())
     assert grids == [f"task-{task}-iteration-{iteration}.jpg" for task in (1, 2) for iteration in (2, 4)]
     assert draw(tmp_path, *flags).returncode == 0
+
+
+def test_a_vae_learns_noise_that_lies_outside_of_zero_to_one(tmp_path, small_mnist):
+    process = train(tmp_path, small_mnist, "--replay-mode=noise-replay", "--generator=vae", "--sample-log")
+    assert process.returncode == 0, process.stderr
+
+
+def test_a_vae_that_diverges_is_one_line(tmp_path, small_mnist):
+    """PyTorch's loss refuses NaN by itself, in words that say nothing about --lr."""
+    process = train(tmp_path, small_mnist, "--generator=vae", "--lr=1000", "--generator-iterations=40")
+    process.stderr = process.stderr.strip().splitlines()[-1]  # after the warnings on data
+    assert_one_line_error(process, 1, "diverged at task 1, generator iteration", "--lr")
+
+
+@pytest.mark.parametrize("problem", [None, OSError(errno.ENOLCK, "No locks available")])
+def test_locks_suit_nfs_and_are_done_without_where_there_are_none(tmp_path, small_mnist, monkeypatch, problem):
+    def flock(file, how):
+        modes.append(fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE)
+        if problem:
+            raise problem
+        locks(file, how)
+
+    modes, locks = [], fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", flock)
+    process = train(tmp_path, small_mnist, "--replay-mode=none")
+    assert process.returncode == 0, process.stderr
+    assert set(modes) == {os.O_RDWR}  # NFS refuses an exclusive lock on a file that is open for reading alone
+    assert ("can't be locked (No locks available)" in process.stderr) == bool(problem)
 
 
 def test_second_run_keeps_the_first(copy_of_trained, small_mnist):

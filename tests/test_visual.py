@@ -559,6 +559,21 @@ def test_progress_counts_what_a_resumed_run_does_itself(capsys):
     assert "task 2/5 solver: 1 iterations in " in capsys.readouterr().err
 
 
+def test_a_terminal_that_has_gone_ends_no_run(monkeypatch):
+    class Gone:
+        def isatty(self):
+            return False
+
+        def write(self, _text):
+            raise OSError(5, "Input/output error")
+
+        flush = isatty
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    tell_a_phase(visual.Progress(tasks=5))
+    visual.warn("something")
+
+
 def test_progress_is_a_bar_on_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     tell_a_phase(visual.Progress(tasks=5))
