@@ -22,16 +22,20 @@ import models  # noqa: E402
 
 torch.set_num_threads(1)  # as in the processes that tests start: sums over threads differ in their rounding
 
-# A scholar small enough for unit tests.
+# A scholar small enough for unit tests, with nothing at its default that could be ignored.
 SMALL = models.ScholarOptions(
     generator_z_size=5,
     generator_c_channel_size=2,
     generator_g_channel_size=2,
     generator_c_updates_per_g_update=1,
+    generator_lambda=7.0,
     solver_depth=3,
     solver_reducing_layers=2,
     solver_channel_size=8,
     lr=1e-3,
+    beta1=0.4,
+    beta2=0.8,
+    weight_decay=1e-4,
 )
 
 # Sizes at which a run takes seconds.

