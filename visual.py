@@ -208,7 +208,8 @@ class LivePlots(Observer):
         self._connection = {"server": server, "port": port, "env": run.environment}
         self._begun = dict.fromkeys(self._lengths, 1)  # tasks, for each phase
         self._curves: dict[str, dict[int, tuple[list[float], list[float]]]] = {"precision": {1: ([], [])}}
-        self._pending: dict[str, Callable[[], Post]] = {}  # what makes the newest state of a window
+        self._newest: dict[str, Callable[[], Post]] = {}  # what makes the newest state of each window
+        self._pending: dict[str, Callable[[], Post]] = {}  # of those that are not posted yet
         self._changed = threading.Condition()
         self._closing = self._warned = self._down = self._cleared = False
         self._show("precision")  # the first window
@@ -216,7 +217,7 @@ class LivePlots(Observer):
         with contextlib.suppress(OSError):  # no picture, or not a whole one
             pixels = np.asarray(Image.open(run.directory / SAMPLES))
             opts = {"title": f"samples of {run.config['name']}"} | SAMPLES_WINDOW
-            self._pending["samples"] = lambda: ("image", {"img": pixels.transpose(2, 0, 1), "opts": opts})
+            self._post(samples=lambda: ("image", {"img": pixels.transpose(2, 0, 1), "opts": opts}))
         self._thread = threading.Thread(target=self._post_all, daemon=True)
         self._thread.start()
 
@@ -242,9 +243,7 @@ class LivePlots(Observer):
     def images(self, task: int, iteration: int, images: Tensor) -> None:
         opts = {"title": f"samples: task {task}, iteration {iteration}"} | SAMPLES_WINDOW
         pixels = (images * 255).byte().cpu().numpy()
-        with self._changed:
-            self._pending["samples"] = lambda: ("images", {"tensor": pixels, "nrow": IMAGES_PER_ROW, "opts": opts})
-            self._changed.notify()
+        self._post(samples=lambda: ("images", {"tensor": pixels, "nrow": IMAGES_PER_ROW, "opts": opts}))
 
     @property
     def unsent(self) -> bool:
@@ -260,8 +259,12 @@ class LivePlots(Observer):
 
     def _show(self, *windows: str) -> None:
         """Have the curves of these windows posted; they are put together then, not here, where training waits."""
+        self._post(**{window: partial(self._line, window) for window in windows})
+
+    def _post(self, **makers: Callable[[], Post]) -> None:
         with self._changed:
-            self._pending |= {window: partial(self._line, window) for window in windows}
+            self._newest |= makers
+            self._pending |= makers
             self._changed.notify()
 
     def _line(self, window: str) -> Post:
@@ -324,7 +327,7 @@ class LivePlots(Observer):
                 if isinstance(error, ImportError):
                     return
                 with self._changed:
-                    self._pending.setdefault(window, newest)
+                    self._pending = dict(self._newest)  # all of them: a server that was started anew has none
                     if self._changed.wait_for(lambda: self._closing, timeout=self.RETRY_SECONDS):
                         return
 
@@ -459,6 +462,11 @@ SUMMARY_KEYS = ("precision", "average_precision", "forgetting", "seconds")
 Curve = tuple[np.ndarray, np.ndarray]  # iterations since the start of the run, and values
 
 
+def printable(text: str) -> str:
+    """Text without what no file or figure can hold: bytes of a file's name that are not UTF-8."""
+    return text.encode(errors="replace").decode()
+
+
 class Run:
     """The files of a run, read back: `config`, `summary` (None if unfinished) and the rows of `metrics.csv`."""
 
@@ -473,7 +481,7 @@ class Run:
                 self.rows = list(csv.DictReader(file))
             self.tasks, self.options = self.config["tasks"], self.config["options"]
             names = {name.replace("-", ""): called for name, called in self.unofficial.items()}
-            self.tasks = [names.get(title.lower().replace("-", ""), title) for title in self.tasks]
+            self.tasks = [printable(names.get(title.lower().replace("-", ""), title)) for title in self.tasks]
             self.name, self.seed = self.config["name"], self.options["seed"]
             self.experiment, self.replay_mode = self.options["experiment"], self.options["replay_mode"]
             self.lengths = {phase: self.options.get(f"{phase}_iterations", 1) for phase in ("generator", "solver")}
@@ -579,10 +587,11 @@ class Arm:
     """
 
     def __init__(self, runs: list[Run]):
-        self.runs, self.first = runs, runs[0]
-        self.label = self.first.replay_mode
+        self.runs = runs
         self.finished = [run for run in runs if run.summary]
         self.shown = self.finished or runs
+        self.first = self.shown[0]
+        self.label = self.first.replay_mode
 
     def matrix(self) -> np.ndarray:
         """Mean over seeds of the precision matrix; NaN where nothing was measured."""
@@ -597,16 +606,17 @@ class Arm:
 
 
 def arms_of(runs: Sequence[Run]) -> dict[str, list[Arm]]:
-    """The arms of each experiment. Of two runs that are the same, seed included, the first counts."""
+    """The arms of each experiment. Of two runs that are the same, seed included, the first finished one counts."""
     same: dict[str, dict[int, Run]] = {}
-    for run in runs:
+    for run in sorted(runs, key=lambda run: not run.summary):
         learned = json.dumps([run.learned_with, run.config["data"]["checksums"]], sort_keys=True)
         alike = same.setdefault(learned, {})
         if alike.setdefault(run.seed, run) is not run:
             warn(f"{run.directory} is left out: it is the same run as {alike[run.seed].directory}")
     experiments: dict[str, list[Arm]] = {}
-    for by_seed in same.values():
-        arm = Arm(list(by_seed.values()))
+    place = {run.directory: number for number, run in enumerate(runs)}
+    together = [sorted(by_seed.values(), key=lambda run: place[run.directory]) for by_seed in same.values()]
+    for arm in map(Arm, sorted(together, key=lambda alike: place[alike[0].directory])):
         experiments.setdefault(arm.first.experiment, []).append(arm)
     for arms in experiments.values():
         label(arms)
@@ -627,6 +637,8 @@ def label_rivals(arms: Sequence[Arm]) -> None:
             values = [rival.first.options.get(key) for rival in arms]
             if value != max(values, key=values.count):
                 unusual[key] = f"{key.replace('_', ' ')} {value}"
+        if len({rival.first.data_note for rival in arms}) > 1:
+            unusual["data"] = arm.first.data_note or "official data"
         alike = [rival for rival in arms if rival.first.options.get("replay_targets") == own.get("replay_targets")]
         if "replay_targets" in unusual and len({rival.first.options.get("temperature") for rival in alike}) == 1:
             unusual.pop("temperature", None)
@@ -675,19 +687,23 @@ def legend_below(figure: Figure, all_axes: Sequence[Axes]) -> None:
     labels = [textwrap.fill(label, 64) for label in labels]
     lines = [line for label in labels for line in label.split("\n")]
     columns = max(1, int(figure.get_figwidth() / (max(map(len, lines), default=1) * 0.085 + 0.7)))  # inches
-    figure.set_figheight(figure.get_figheight() + 0.16 * max(0, len(lines) / columns - 1))
+    figure.set_figheight(figure.get_figheight() + 0.22 * max(0, len(lines) / columns - 1))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, handlelength=3)
 
 
 def precision_figure(arms: Sequence[Arm]) -> Figure:
     """Precision on each task over solver iterations, a panel for each arm."""
     figure, all_axes = panels(len(arms), title_of([arm.first for arm in arms]))
+    several = len({arm.first.experiment for arm in arms}) > 1
+    titles = [set(at) for at in itertools.zip_longest(*(arm.first.task_titles for arm in arms))]
     for axes, arm in zip(all_axes, arms, strict=True):
         for task, title in enumerate(arm.first.task_titles, start=1):
             curve = arm.curve(lambda run, task=task: run.precision(task))
-            draw_band(axes, curve, color=task_colour(task), linestyle=task_dash(task), label=title)
+            name = title if titles[task - 1] <= {title, None} else f"task {task}"  # there is one legend for all
+            draw_band(axes, curve, color=task_colour(task), linestyle=task_dash(task), label=name)
         draw_task_boundaries(axes, [arm])
-        axes.set(title=textwrap.fill(arm.label, 38), ylabel="precision", ylim=(0, 1.01))
+        own = f"{arm.first.experiment}: {arm.label}" if several else arm.label
+        axes.set(title=textwrap.fill(own, 38), ylabel="precision", ylim=(0, 1.01))
         axes.title.set_fontsize("medium")
         if not axes.get_subplotspec().is_first_col():
             axes.set(ylabel="", yticklabels=[])
@@ -775,7 +791,8 @@ def samples_figure(arms: Sequence[Arm]) -> Figure | None:
     figure = Figure(figsize=(0.4 + 2.2 * tasks, 0.6 + 2.4 * len(shown)), layout="constrained")
     figure.suptitle(f"{title_of([arm.first for arm, _ in shown])}: samples after each task", fontsize="medium")
     for axes_row, (arm, samples) in zip(figure.subplots(len(shown), tasks, squeeze=False), shown, strict=True):
-        last = {task: path for (task, _), path in samples.items()}  # the latest, because they are sorted
+        end = arm.first.lengths["generator"]
+        last = {task: path for (task, iteration), path in samples.items() if iteration == end}
         axes_row[0].set_ylabel(textwrap.fill(arm.label, 32))
         for task, axes in enumerate(axes_row, start=1):
             axes.set(xticks=[], yticks=[], title=f"after task {task}")
@@ -924,7 +941,7 @@ def write_report(runs: Sequence[Run], path: Path) -> None:
         commit, versions = run.config.get("commit") or "unknown", run.config.get("versions", {})
         with_what = ", ".join(f"{name} {version}" for name, version in versions.items())
         place = f"commit {commit}, {run.config.get('device', 'unknown device')}, {with_what}"
-        command = shlex.join(run.config.get("command", []))
+        command = printable(shlex.join(run.config.get("command", [])))
         parts.append(f"<p>{html.escape(place)}</p><pre>{html.escape(command)}</pre>")
     head = f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Deep generative replay</title><style>{STYLE}'
     with atomic_write(path) as file:
@@ -969,6 +986,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--visdom-server", default="localhost", metavar="HOST", help="where (default: localhost)")
     parser.add_argument("--visdom-port", type=int, default=8097, metavar="N", help="its port (default: 8097)")
     options = parser.parse_args(arguments)
+    if options.output and options.output.suffix not in (".png", ".svg", ".pdf"):
+        parser.error(f"argument --output: {options.output} ends in none of .png, .svg and .pdf")
     runs = find_runs(options.runs)
     print(table(runs))
     if options.visdom:

@@ -83,10 +83,12 @@ def copy_run(run: visual.Run, target: Path) -> None:
 
 def keep_ablations(results: Path) -> None:
     """Copy the runs of benchmarks/ablations.py, and its list of them."""
-    for run in visual.find_runs([results / "ablations"]):
-        seed = run.directory.parents[1]
-        if run.summary:
-            copy_run(run, ABLATIONS / seed.parent.name / seed.name)
+    finished = [run for run in visual.find_runs([results / "ablations"]) if run.summary]
+    targets = [ABLATIONS / seed.parent.name / seed.name for seed in (run.directory.parents[1] for run in finished)]
+    if twice := {str(target) for target in targets if targets.count(target) > 1}:
+        raise UserError(f"{results}: runs with different flags of {', '.join(sorted(twice))}: keep those of one call")
+    for run, target in zip(finished, targets, strict=True):
+        copy_run(run, target)
     shutil.copy(results / "ablations.json", ABLATIONS)
 
 

@@ -6,9 +6,9 @@
 
 The plain way is how the method is usually written: float32, PIL transforms behind a DataLoader, a forward for each
 source of images, a gradient through the generator in the critic's updates, a replay draw for every update, testing in
-training-sized batches. Both ways take turns, and the table has medians. `limit` is the share of what the device could
-do: of the floating-point rate of a large matrix product in the precision of ours, for `batch` of the rate of a large
-copy, both measured in the same run.
+training-sized batches; on GPUs with what PyTorch does unasked, convolutions in TF32. Both ways take turns, and the
+table has medians. `limit` is the share of what the device could do: of the floating-point rate of a large matrix
+product in the precision of ours, for `batch` of the rate of a large copy, both measured in the same run.
 """
 
 import argparse
@@ -90,8 +90,12 @@ def plain_batches(images: PlainImages, options: argparse.Namespace, device: torc
             yield x.to(device), y.to(device)
 
 
+def plain_inputs(old: dgr.Scholar, n: int) -> Tensor:
+    return old.generator.net(old.generator.noise(n)).detach()
+
+
 def plain_replay(old: dgr.Scholar, n: int) -> dgr.Pairs:
-    x = old.generator.net(old.generator.noise(n)).detach()
+    x = plain_inputs(old, n)
     return x, old.solver.net(x).argmax(dim=1).detach()
 
 
@@ -110,7 +114,7 @@ def plain_generator_update(wgan: models.WGAN, batches: Iterator[dgr.Pairs], old:
         fake = wgan.net(wgan.noise(len(x)))
         loss = plain_critic_loss(wgan.critic, x, fake, wgan.penalty_weight)
         if old is not None:
-            x_replayed, _ = plain_replay(old, len(x))
+            x_replayed = plain_inputs(old, len(x))
             fake = wgan.net(wgan.noise(len(x)))
             replayed = plain_critic_loss(wgan.critic, x_replayed, fake, wgan.penalty_weight)
             loss = R * loss + (1 - R) * replayed
@@ -254,7 +258,10 @@ def measure(options: argparse.Namespace, repetitions: int) -> list[dict[str, Any
         our_times, plain_times = [], []
         for _ in range(repetitions):
             our_times.append(clock.seconds(our_way, times))
-            plain_times.append(clock.seconds(plain_way, max(1, times // 8)))
+            with torch.backends.cudnn.flags(
+                enabled=True, allow_tf32=True
+            ):  # PyTorch's default, which our precision changes
+                plain_times.append(clock.seconds(plain_way, max(1, times // 8)))
         our_seconds, plain_seconds = statistics.median(our_times), statistics.median(plain_times)
         if name == "batch":  # reads uint8 pixels, writes them as uint8 and float32, and reads the first again
             pixels = options.batch_size * split.images[0].numel()
@@ -277,7 +284,8 @@ def measure(options: argparse.Namespace, repetitions: int) -> list[dict[str, Any
             flush=True,
         )
     on_gpu = device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    of_process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = torch.cuda.max_memory_allocated() if on_gpu else of_process
     print(
         f"limits: {flops_limit / 1e9:.0f} GFLOP/s ({dtype or torch.float32}), {bytes_limit / 1e9:.1f} GB/s; "
         f"peak memory, plain way included: {peak / 2**20:.0f} MiB, of it data: {split.images.nbytes / 2**20:.0f} MiB"

@@ -8,6 +8,8 @@ import shutil
 import pytest
 from conftest import ROOT, TINY, assert_one_line_error, call
 
+from utils import UserError
+
 
 @pytest.fixture
 def figures(tmp_path, monkeypatch):
@@ -89,7 +91,10 @@ def test_every_variation_changes_what_is_learned_and_is_kept(figures, tmp_path, 
     assert str(tmp_path) not in "".join(path.read_text() for path in figures.ABLATIONS.rglob("*.json"))
     table = "\n".join(figures.ablations())
     for name, (value,) in content["average_precision"].items():
-        assert f"| {name} | {value:.3f} | " in table
+        assert f"| {name} | {value:.3f} |" in table
+    aside.rename(aside.with_name("of-other-flags"))
+    with pytest.raises(UserError, match="different flags"):
+        figures.keep_ablations(tmp_path / "results")
 
 
 @pytest.mark.parametrize("script", ["benchmarks/bench.py", "benchmarks/ablations.py"])

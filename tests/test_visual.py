@@ -191,15 +191,18 @@ def test_plots_go_on_complete_after_a_server_came_back(capsys, monkeypatch):
     monkeypatch.setattr(visual.LivePlots, "RETRY_SECONDS", 0.05)
     server = PlotServer()
     plots = live_plots(server.port)
+    plots.scalars("generator", 1, 3, {"critic-loss": 0.5})
     plots.begin("solver", 1, 6)
     plots.scalars("solver", 1, 3, {"precision-1": 0.5})
-    wait_for(lambda: any(post.get("win") == "precision" for _, post in server.posts))
+    for window in ("precision", "generator critic-loss"):
+        wait_for(lambda window=window: any(post.get("win") == window for _, post in server.posts))
     server.stop()
     plots.scalars("solver", 1, 4, {"precision-1": 0.6})
     wait_for(lambda: "warning" in capsys.readouterr().err)
     plots.scalars("solver", 1, 5, {"precision-1": 0.7})
     again = PlotServer(port=server.port)
-    wait_for(lambda: any(post.get("win") == "precision" for _, post in again.posts))
+    for window in ("precision", "generator critic-loss"):  # whose phase is over too: the new server has nothing of it
+        wait_for(lambda window=window: any(post.get("win") == window for _, post in again.posts))
     plots.close()
     curve = again.newest("precision")["data"][0]
     assert curve["y"] == [0.5, 0.6, 0.7] and curve["line"]["color"].upper() == visual.task_colour(1)
@@ -336,6 +339,27 @@ def test_figure_of_runs_side_by_side(tmp_path, capsys):
     assert "| permutated-mnist | exact-replay | 0 | 0.650 | 0.250 | 12 | .955 | .96 to .97 |" in said
 
 
+def test_panels_of_several_experiments_have_a_legend_that_is_true_of_all(tmp_path):
+    runs = [visual.Run(write_run(tmp_path / name, experiment=name)) for name in ("mnist-svhn", "svhn-mnist")]
+    runs[1].tasks = ["original", "another"]
+    figure = visual.precision_figure([visual.Arm([run]) for run in runs])
+    assert [axes.get_title() for axes in figure.axes] == ["mnist-svhn: none", "svhn-mnist: none"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["task 1: original", "task 2"]
+
+
+def test_output_of_another_kind_is_refused(results, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        visual.main([str(results), "--output", "figure"])
+    assert ".png, .svg and .pdf" in capsys.readouterr().err
+
+
+def test_name_of_a_file_that_is_not_utf_8_can_be_drawn(tmp_path):
+    config = write_run(tmp_path / "a") / "config.json"
+    config.write_text(config.read_text().replace("original", r"caf\udce9").replace("--seed=<0>", r"caf\udce9.npz"))
+    visual.main([str(tmp_path), "--figures", str(tmp_path / "figures"), "--report", str(tmp_path / "r.html")])
+    assert "caf?.npz" in (tmp_path / "r.html").read_text()
+
+
 def test_unofficial_data_are_named_so(tmp_path):
     directory = write_run(tmp_path / "a", unverified={"cifar10/test_batch": "0"})
     config = json.loads((directory / "config.json").read_text()) | {"tasks": ["CIFAR-10", "MNIST"]}
@@ -436,6 +460,7 @@ def test_runs_on_other_data_are_no_seeds_of_one_arm(tmp_path):
     ]
     (arms,) = visual.arms_of(runs).values()
     assert [[run.seed for run in arm.runs] for arm in arms] == [[0], [1]]
+    assert arms[0].label != arms[1].label and "in place of SVHN" in arms[0].label + arms[1].label
 
 
 def test_unfinished_run_is_drawn_and_named_so(tmp_path):
@@ -480,6 +505,28 @@ def test_a_seed_under_way_takes_nothing_from_the_others(results):
     assert arms[0].curve(visual.Run.average_precision)[1] == pytest.approx([0.85, 0.75])
     assert visual.arm_styles(arms)[0]["label"] == "none, 2 seeds"
     assert visual.cells(arms[0])["seeds"] == "0, 1 (1 not finished)"
+
+
+def test_a_first_seed_under_way_hides_nothing_of_the_others(results):
+    begun = results / "seed-0/none-r1"
+    (begun / "summary.json").unlink()
+    (begun / "metrics.csv").write_text("phase,task,iteration,name,value\n")
+    (arms,) = visual.arms_of(visual.find_runs([results])).values()
+    assert arms[0].first.seed == 1
+    assert "generator critic-loss" in {" ".join(key) for key in arms[0].first.curves}
+
+
+def test_a_finished_run_counts_before_its_unfinished_copy(results):
+    copy = write_run(results / "a-copy/none-r1")
+    (copy / "summary.json").unlink()
+    (arms,) = visual.arms_of(visual.find_runs([results])).values()
+    assert [run.directory.parent.name for run in arms[0].runs] == ["seed-0", "seed-1"]
+
+
+def test_samples_after_a_task_are_those_of_its_end(results):
+    (results / "seed-0/gr-r0.3/sample-log/task-2-iteration-20.jpg").unlink()
+    (arms,) = visual.arms_of(visual.find_runs([results])).values()
+    assert [len(axes.get_images()) for axes in visual.samples_figure(arms).axes] == [1, 0]
 
 
 def test_what_is_no_run_stops_no_figure(results, capsys):
