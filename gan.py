@@ -73,6 +73,13 @@ class LeakyReLU(nn.LeakyReLU):
         return x * x.detach().sign().clamp_(min=self.negative_slope)
 
 
+class Sigmoid(nn.Sigmoid):
+    """In float32 at least: in bfloat16 it is exactly 1, without a gradient, from 6.25 on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(torch.promote_types(x.dtype, torch.float32)))
+
+
 def generator_network(*, z_size: int, channel_size: int, image_channels: int) -> Network:
     """The network from noise (n, z_size), standard normal, to images.
 
@@ -96,7 +103,7 @@ def generator_network(*, z_size: int, channel_size: int, image_channels: int) ->
         *upsample(4 * c, 2 * c),  # (n, 2c, 16, 16)
         *upsample(2 * c, c),  # (n, c, 32, 32)
         nn.Conv2d(c, image_channels, 3, padding=1),
-        nn.Sigmoid(),  # (n, image_channels, 32, 32)
+        Sigmoid(),  # (n, image_channels, 32, 32)
     )
 
 

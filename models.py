@@ -128,7 +128,7 @@ class VAE(dgr.Generator):
         decoder = gan.Network(
             *(nn.Linear(z_size, width), nn.ReLU(inplace=True)),
             *(nn.Linear(width, width), nn.ReLU(inplace=True)),
-            *(nn.Linear(width, pixels), nn.Sigmoid()),
+            *(nn.Linear(width, pixels), gan.Sigmoid()),
             nn.Unflatten(1, (image_channels, gan.IMAGE_SIZE, gan.IMAGE_SIZE)),
         )
         super().__init__(decoder, z_size)

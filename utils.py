@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import fcntl
+import gc
 import os
 import re
 import signal
@@ -192,7 +193,7 @@ def choose_precision(precision: str, device: torch.device) -> torch.dtype | None
         if device.type == "cuda":
             faster = torch.cuda.is_bf16_supported(including_emulation=False)
         else:  # AMX multiplies bf16 several times as fast as float32; AVX512-BF16 alone was measured slower than that
-            faster = torch.cpu._is_amx_tile_supported()
+            faster = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
         precision = "bf16" if faster else "fp32"
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
@@ -243,6 +244,7 @@ class Captured:
 
     def _record(self, work: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
         """Record work without doing it. Gives what does it, and returns tensors that every call writes anew."""
+        gc.collect()  # a graph that is given up while another is recorded breaks that one
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self._stream):
             values = work()

@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import flop_registry
 from torchvision import transforms
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -163,6 +164,13 @@ class Clock:
             torch.cuda.synchronize()
 
 
+def peak_memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory, or of this process's, that were in use at once so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def peak_rates(clock: Clock, dtype: torch.dtype | None) -> tuple[float, float]:
     """Floating-point operations a second of a large matrix product, and bytes a second of a large copy."""
     n = 8192 if clock.device.type == "cuda" else 2048
@@ -249,25 +257,25 @@ def measure(options: argparse.Namespace, repetitions: int) -> list[dict[str, Any
     a_block = 8 * -(-block // (8 * options.batch_size))
     calls = {"generator-update": 2, "generator-update-replay": a_block // 2, "solver-update": 4}
     calls |= {"solver-update-replay": a_block, "replay-sampling": a_block, "batch": 200, "testing": 1}
+    warm_up = utils.Captured.warm_up + 1 if scholar_options.cuda_graphs else 1
+    seconds = {}
+    for name, times in tqdm(calls.items(), file=sys.stderr, disable=None):
+        our_times, plain_times = [], []
+        for repetition in range(-1, repetitions):  # once before it counts
+            our_times.append(clock.seconds(ours[name], times if repetition >= 0 else warm_up))
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):  # the default, which our precision changes
+                plain_times.append(clock.seconds(plain_ways[name], max(1, times // 8) if repetition >= 0 else 1))
+        seconds[name] = statistics.median(our_times[1:]), statistics.median(plain_times[1:])
+    peak = peak_memory(device)
+
     flops_limit, bytes_limit = peak_rates(clock, dtype)
     table = []
-    for name, times in calls.items():
-        our_way, plain_way = ours[name], plain_ways[name]
-        for way in (our_way, plain_way):  # warm up
-            way()
-        our_times, plain_times = [], []
-        for _ in range(repetitions):
-            our_times.append(clock.seconds(our_way, times))
-            with torch.backends.cudnn.flags(
-                enabled=True, allow_tf32=True
-            ):  # PyTorch's default, which our precision changes
-                plain_times.append(clock.seconds(plain_way, max(1, times // 8)))
-        our_seconds, plain_seconds = statistics.median(our_times), statistics.median(plain_times)
+    for name, (our_seconds, plain_seconds) in seconds.items():
         if name == "batch":  # reads uint8 pixels, writes them as uint8 and float32, and reads the first again
             pixels = options.batch_size * split.images[0].numel()
             share = pixels * (1 + 1 + 1 + 4) / our_seconds / bytes_limit
         else:
-            share = operations(counted[name], times) / our_seconds / flops_limit
+            share = operations(counted[name], calls[name]) / our_seconds / flops_limit
         row = {
             "name": name,
             "device": utils.device_name(device),
@@ -279,13 +287,8 @@ def measure(options: argparse.Namespace, repetitions: int) -> list[dict[str, Any
         table.append(row)
         print(
             f"{name:<24} {1 / our_seconds:>9.1f} /s {row['ours_ms']:>10.3f} ms {row['plain_ms']:>10.3f} ms "
-            f"{row['ratio']:>7.1f} x "
-            f"{row['limit_share']:>7.1%} of the limit",
-            flush=True,
+            f"{row['ratio']:>7.1f} x {row['limit_share']:>7.1%} of the limit"
         )
-    on_gpu = device.type == "cuda"
-    of_process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    peak = torch.cuda.max_memory_allocated() if on_gpu else of_process
     print(
         f"limits: {flops_limit / 1e9:.0f} GFLOP/s ({dtype or torch.float32}), {bytes_limit / 1e9:.1f} GB/s; "
         f"peak memory, plain way included: {peak / 2**20:.0f} MiB, of it data: {split.images.nbytes / 2**20:.0f} MiB"

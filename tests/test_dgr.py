@@ -13,6 +13,7 @@ from torch import nn
 import dgr
 import gan
 import models
+import train
 import utils
 
 HARD = dgr.Targets("hard")
@@ -456,6 +457,35 @@ def losses_of_updates(scholar, device, times):
     return torch.stack([loss for losses in updates for loss in losses.values()])
 
 
+def losses_in_step(first, second, device, times):
+    """All losses of so many updates of two scholars, the second one put where the first is after each."""
+    how = {"r": 0.3, "iterations": times, "batch_size": 8}
+    x, y = torch.rand(64, 1, 32, 32, device=device), torch.randint(10, (64,), device=device)
+    losses = [], []
+    for part, learn in (("generator", dgr.learn_generator), ("solver", dgr.learn_solver)):
+        updates = [
+            learn(getattr(each, part), Rows(x[:32], y[:32]), Rows(x[32:], y[32:]), **how) for each in (first, second)
+        ]
+        for number in range(times):
+            for own, update in zip(losses, updates, strict=True):
+                torch.manual_seed(number)
+                own.extend(next(update).values())
+            put_where(second, first)
+    return [torch.stack(own) for own in losses]
+
+
+def put_where(scholar, other):
+    """Give a scholar the weights and the optimisers' state of another, in its own memory, which graphs know."""
+    pairs = [*zip(scholar.state_dict().values(), other.state_dict().values(), strict=True)]
+    optimisers = [train.optimisers_of(each).values() for each in (scholar, other)]
+    for own, others in zip(*optimisers, strict=True):
+        for group, others_group in zip(own.param_groups, others.param_groups, strict=True):
+            for p, q in zip(group["params"], others_group["params"], strict=True):
+                pairs += [(own.state[p][key], value) for key, value in others.state[q].items()]
+    for kept, value in pairs:
+        kept.copy_(value)
+
+
 class Rows:
     """Pairs in the order they are kept in, from the first again after the last."""
 
@@ -503,6 +533,8 @@ def test_captured_updates_are_the_updates(parts, monkeypatch):
     assert torch.equal(losses_of_updates(plain, "cpu", times), losses_of_updates(captured, "cpu", times))
     assert_same_state(captured, plain.state_dict())
     assert len(recorded) == len(captured.generator.functions_of_tensors) + 1
+    assert torch.equal(*losses_in_step(*scholars(replace(SMALL, **parts), "cpu"), "cpu", times))
+    del recorded[len(captured.generator.functions_of_tensors) + 1 :]
     some = Rows(torch.rand(4, 1, 32, 32), torch.arange(4))
     list(dgr.learn_solver(captured.solver, some, some, r=0.5, iterations=times, batch_size=8))
     assert len(recorded) == len(captured.generator.functions_of_tensors) + 2  # another r, another graph
@@ -512,8 +544,9 @@ def test_captured_updates_are_the_updates(parts, monkeypatch):
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("parts", [{}, {"generator": "vae", "solver": "mlp"}], ids=["wgan-cnn", "vae-mlp"])
 def test_captured_and_eager_updates_give_the_same_losses_on_a_gpu(parts, dtype, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    """In step, because two trainings drift apart wherever a kernel rounds another way."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     plain, captured = scholars(replace(SMALL, **parts), "cuda", compute_dtype=dtype)
-    eager, graphs = (losses_of_updates(each, "cuda", 100) for each in (plain, captured))
+    eager, graphs = losses_in_step(plain, captured, "cuda", 100)
     tolerance = 1e-3 if dtype is None else 5e-2
     torch.testing.assert_close(graphs, eager, rtol=tolerance, atol=tolerance)

@@ -56,6 +56,16 @@ def test_leaky_relu_is_pytorchs_without_a_second_derivative():
     assert pytorchs_leads_on and not leads_on
 
 
+def test_sigmoid_has_a_gradient_in_bfloat16_too():
+    network = gan.Network(nn.Linear(1, 1), gan.Sigmoid())
+    network.compute_dtype = torch.bfloat16
+    nn.init.constant_(network[0].weight, 8.0)
+    y = network(torch.ones(1, 1))
+    y.sum().backward()
+    assert 0.9995 < y.item() < 1 and network[0].weight.grad.item() > 1e-4
+    assert network.frozen()(torch.ones(1, 1)).item() == y.item()
+
+
 def test_penalty_norm_is_over_all_values_of_an_image():
     """Trap 2: for a linear critic the gradient is its weight, and the penalty (||w|| - 1)^2, whatever the images."""
     critic = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 1))
