@@ -55,7 +55,7 @@ def test_a_run_is_kept_without_paths_and_shown(figures, tmp_path, small_mnist):
     assert config["options"]["seed"] == 5
     assert not any(str(value).startswith("/") for value in config["options"].values())
     figures.draw_all()
-    assert "| 5 | .93 | .89 to .91 | **0." in figures.README.read_text()
+    assert "| 5 | .93 on MNIST | .89 to .91 on MNIST | **0." in figures.README.read_text()  # data that are not
 
 
 def test_benchmark_has_its_rows(tmp_path):
