@@ -469,7 +469,7 @@ def own_tasks(library: Library, names: Sequence[str]) -> list[Task]:
 
 def same_channels(tasks: list[Task]) -> list[Task]:
     """Grey repeated in three channels where any task has colour: a view, which takes no memory."""
-    channels = max(task.train.images.shape[1] for task in tasks)
+    channels = max(split.images.shape[1] for task in tasks for split in (task.train, task.test))
 
     def widen(split: Split) -> Split:
         return replace(split, images=split.images.expand(-1, channels, -1, -1))

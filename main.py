@@ -199,7 +199,7 @@ def make_parser() -> utils.Parser:
     group = parser.add_argument_group("measuring and samples")
     meaning = "test images of each task for the curves; the summary uses them all"
     add(group, "--test-size", 1024, meaning, integer(1))
-    add(group, "--sample-size", 36, "images of a sample grid, six a row", integer(1))
+    add(group, "--sample-size", 36, "images of a sample grid, six a row", integer(1, 11_000))  # JPEG has no more rows
     meaning = "keep sample grids through training, and train the generator in every replay mode"
     switch(group, "--sample-log", meaning)
     add(group, "--sample-log-interval", 300, "generator iterations between kept grids", integer(1))
@@ -360,9 +360,9 @@ class Paths:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has left everything, to be read, and nothing to resume."""
+        """Whether the run has left results that can be read, and nothing to resume."""
         try:
-            return bool(visual.Run(self.results).summary) and self.scholar.exists() and not self.state.exists()
+            return bool(visual.Run(self.results).summary) and not self.state.exists()
         except UserError:
             return False
 
@@ -375,9 +375,15 @@ class Paths:
 
     def set_aside(self) -> None:
         """Give the files of an earlier run of this name another one, and say so."""
+        # States first: without them, nothing takes what is left for a run to go on with.
         states = [self.state, models.previous(self.state)]
-        for path, aside in utils.set_aside([self.results, self.scholar, *states, self.sample_log, self.drawn]):
-            print(f"{path} of an earlier run is kept as {aside}")
+        keep_as_others([*states, self.results, self.scholar, self.sample_log, self.drawn])
+
+
+def keep_as_others(paths: list[Path]) -> None:
+    """Give what is of an earlier run another name, and say so."""
+    for path, aside in utils.set_aside(paths):
+        print(f"{path} of an earlier run is kept as {aside}")
 
 
 def take(options: argparse.Namespace, kind: type, **others: Any) -> Any:
@@ -434,6 +440,8 @@ def train_scholar(options: argparse.Namespace, tasks: list[data.Task], library: 
     start = read_state(paths, config) if options.resume else None
     if start is None:
         paths.set_aside()
+    elif is_of_another(paths.results, start["files"]["config"]):
+        keep_as_others([paths.results])
     files = train.RunFiles(paths.results, config, start and start["files"])
     observers = [files, *observers_of(options, len(tasks))]
 
@@ -511,39 +519,64 @@ def differences(before: dict[str, Any], now: dict[str, Any], keys: Iterable[str]
 
 
 def other_run(options: argparse.Namespace) -> str:
-    """In what the run that has this name differs from the one that is asked for; empty if in nothing that counts."""
-    now = plain(vars(options))
-    return differences(visual.Run(Paths.of(options).results).options, now, sorted(now.keys() - utils.FREE_TO_CHANGE))
+    """In what the run that has this name differs from the one that is asked for; empty if in nothing that counts.
+
+    UserError if there is none, or none that can be read.
+    """
+    now, paths = plain(vars(options)), Paths.of(options)
+    try:
+        before = visual.Run(paths.results).options
+    except UserError:
+        if not paths.resumable:
+            raise
+        before = last_state(paths)["config"]["options"]
+    return differences(before, now, sorted(now.keys() - utils.FREE_TO_CHANGE))
+
+
+def is_of_another(results: Path, config: dict[str, Any]) -> bool:
+    """Whether there are results of another run than this one, which goes on: it may have been given their directory."""
+    try:
+        return visual.Run(results).config.get("started") != config["started"]
+    except UserError:  # nothing that could be read
+        return False
 
 
 def flag(key: str) -> str:
     return f"--{key.replace('_', '-')}"
 
 
+def last_state(paths: Paths) -> dict[str, Any]:
+    """The last good state of an unfinished run; one that is damaged is named, and given up for the one before it."""
+    problem = None
+    for candidate in (paths.state, models.previous(paths.state)):
+        if candidate.exists():
+            try:
+                state = models.load_checkpoint(candidate)
+            except UserError as error:
+                problem = error
+                utils.warn(f"{error}; the one before it is tried")
+            else:
+                if problem:  # else the next state that is saved would make it the one before
+                    paths.state.unlink()
+                return state
+    raise UserError(f"{paths.state}: no good state is left; leave out --resume to start again") from problem
+
+
 def read_state(paths: Paths, config: dict[str, Any]) -> dict[str, Any] | None:
     """The last good state of an unfinished run; None if there is none. It must be of a run with the same options."""
-    for candidate in (paths.state, models.previous(paths.state)):
-        if not candidate.exists():
-            continue
-        try:
-            state = models.load_checkpoint(candidate)
-            before, now = state["config"]["options"], config["options"]
-        except UserError as error:
-            problem = error
-            utils.warn(f"{error}; the one before it is tried")
-            continue
-        if changes := differences(before, now, sorted(now.keys() - utils.FREE_TO_CHANGE)):
-            raise UserError(f"{candidate} is of a run with {changes}: give the same flags, or leave out --resume")
-        if state["config"]["data"]["checksums"] != config["data"]["checksums"]:
-            raise UserError(f"{candidate} is of a run on other data files: give the same ones, or leave out --resume")
-        state["files"]["config"]["options"]["sample_dir"] = now["sample_dir"]  # where pictures are from now on
-        for key in ("versions", "commit", "device", "compute_dtype"):
-            if state["config"][key] != config[key]:
-                utils.warn(f"the run began with {key} {state['config'][key]}: the rest of it may differ a little")
-        return state
-    if paths.resumable:
-        raise UserError(f"{paths.state}: no good state is left; leave out --resume to start again") from problem
-    return None
+    if not paths.resumable:
+        return None
+    state = last_state(paths)
+    before, now = state["config"]["options"], config["options"]
+    if changes := differences(before, now, sorted(now.keys() - utils.FREE_TO_CHANGE)):
+        raise UserError(f"{paths.state} is of a run with {changes}: give the same flags, or leave out --resume")
+    if state["config"]["data"]["checksums"] != config["data"]["checksums"]:
+        raise UserError(f"{paths.state} is of a run on other data files: give the same ones, or leave out --resume")
+    state["files"]["config"]["options"]["sample_dir"] = now["sample_dir"]  # where pictures are from now on
+    for key in ("versions", "commit", "device", "compute_dtype"):
+        if state["config"][key] != config[key]:
+            utils.warn(f"the run began with {key} {state['config'][key]}: the rest of it may differ a little")
+    return state
 
 
 def sample_grid(generator: dgr.Generator, options: argparse.Namespace) -> torch.Tensor:

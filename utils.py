@@ -46,9 +46,11 @@ def run_program(main: Callable[[], None]) -> None:
     """Run a script's main function; what a user can put right ends in one line on standard error and exit status 1."""
     nowhere = Path(os.devnull).open("w")  # noqa: SIM115
     sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere  # None where the caller has closed them
-    sys.stdout.reconfigure(errors="replace")  # for a terminal that has no ±
+    # For a terminal that has no ±; and a line is there when it is printed, in a log too.
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         end(f"error: {error}")
     except (MemoryError, RuntimeError) as error:
@@ -59,12 +61,21 @@ def run_program(main: Callable[[], None]) -> None:
             "--generator-g-channel-size, or --precision=bf16"
         )
     except BrokenPipeError:  # whoever read what is printed has enough, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        give_up_output()
         sys.exit(1)
     except OSError as error:  # a disk that is full, a directory that has gone
+        give_up_output()
         end(f"error: {error.filename or 'files'}: {reason(error)}")
     except KeyboardInterrupt:
         end("stopped")
+
+
+def give_up_output() -> None:
+    """Let go of what can't be printed, which Python would try again as it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def end(message: str) -> NoReturn:
@@ -82,7 +93,8 @@ def reason(error: BaseException) -> str:
     """An exception as a few words on one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    text = str(error.args[0]) if isinstance(error, OSError) and error.args else str(error)  # without a file's name
+    return " ".join(text.split()) or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -130,9 +142,9 @@ def set_aside(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
 
     Returns the old and the new names.
     """
-    number = 1
-    while any(path.with_name(f"{path.name}~{number}").exists() for path in paths):
-        number += 1
+    beside = [(path, other.name) for path in paths if path.parent.is_dir() for other in path.parent.iterdir()]
+    taken = (re.fullmatch(rf"{re.escape(path.name)}~(\d+)", name) for path, name in beside)
+    number = 1 + max((int(found[1]) for found in taken if found), default=0)
     moves = [(path, path.with_name(f"{path.name}~{number}")) for path in paths if path.exists()]
     for path, aside in moves:
         path.rename(aside)
@@ -160,9 +172,10 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Make the first SIGINT or SIGTERM a request, which the function given here reports; a later one ends at once.
+    """Make the first SIGINT, SIGTERM or SIGHUP a request, which the function given here reports; a later one ends it.
 
     One within a second does not: a request may come twice, from what stops a group of processes and from its leader.
+    SIGHUP is sent by a terminal that closes.
     """
     requests: list[float] = []
 
@@ -172,7 +185,10 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, request) for number in numbers}
     try:
         yield lambda: bool(requests)
     finally:

@@ -16,6 +16,7 @@ import html
 import itertools
 import json
 import logging
+import os
 import re
 import shlex
 import sys
@@ -558,6 +559,17 @@ class Run:
         return dict(sorted(found.items()))
 
 
+def directories_with_config(path: Path) -> Iterator[Path]:
+    """The directories below and behind symbolic links too, each once."""
+    seen = set()
+    for directory, inside, files in os.walk(path, followlinks=True):
+        if (real := os.path.realpath(directory)) in seen:
+            inside.clear()
+        elif "config.json" in files:
+            yield Path(directory)
+        seen.add(real)
+
+
 def find_runs(paths: Sequence[Path]) -> list[Run]:
     """The runs in these directories and below, in the order of the paper; not those that a later run set aside.
 
@@ -566,9 +578,9 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
     runs: dict[Path, Run] = {}
     for path in paths:
         found = []
-        for file in sorted(path.rglob("config.json")):
+        for directory in sorted(directories_with_config(path)):
             try:
-                found.append(Run(file.parent))
+                found.append(Run(directory))
             except UserError as error:
                 warn(str(error))
         found = found or [Run(path)]

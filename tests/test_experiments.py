@@ -286,6 +286,23 @@ def test_what_went_wrong_in_a_worker_is_said_at_home(full, tmp_path, small_mnist
     assert problem in log and ("Traceback" in log) == (not wrong.startswith("--"))
 
 
+def test_an_unfinished_run_of_other_flags_is_set_aside_without_its_results_too(
+    full, tmp_path, small_mnist, monkeypatch
+):
+    test_resume.run_until(monkeypatch, 5, test_resume.flags(tmp_path, small_mnist))
+    shutil.rmtree(tmp_path / "results")
+    arguments = test_resume.flags(tmp_path, small_mnist, "--lr=5e-3")
+    job = full.Job("permutated-mnist", tuple(arguments[1:]), main.parse(arguments))
+    assert job.is_other_run() and job.starts_anew() and "--resume" not in job.commands[0]
+    main.run_training(main.parse(job.commands[0]))
+    assert job.paths.finished and list(tmp_path.glob("checkpoints/*.unfinished~1"))
+
+
+def test_targets_are_no_flag_of_runs_without_replay(full):
+    jobs = full.jobs_of("permutated-mnist", None, ["--quick", "--temperature", "3", "--replay-targets=soft"])
+    assert [job.options.replay_targets for job in jobs] == ["hard", "soft", "soft"]
+
+
 def test_cores_are_counted_where_no_affinity_is_known(full, monkeypatch):
     """On macOS."""
     monkeypatch.delattr("os.sched_getaffinity", raising=False)

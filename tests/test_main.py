@@ -174,6 +174,19 @@ def test_files_of_one_name_are_told_apart(tmp_path):
     assert set(config["data"]["checksums"]) == {"a/t.npz", "b/t.npz"}
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_what_cannot_be_printed_is_one_line(copy_of_trained):
+    command = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'visual.py'))} results > /dev/full"
+    usual = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.run(command, shell=True, cwd=copy_of_trained, capture_output=True, text=True, env=usual)
+    assert_one_line_error(process, 1, "No space left on device")
+
+
+def test_the_largest_sample_grid_is_one_that_can_be_kept(copy_of_trained):
+    assert draw(copy_of_trained, "--sample-size=11000").returncode == 0
+    assert_one_line_error(draw(copy_of_trained, "--sample-size=11001"), 2, "--sample-size", "from 1 to 11000")
+
+
 def test_closed_standard_output_is_no_error(tmp_path, small_mnist):
     words = [sys.executable, f"{ROOT}/main.py", "--train", f"--data-dir={small_mnist}", *TINY]
     process = subprocess.run(["bash", "-c", f"{shlex.join(words)} >&-"], cwd=tmp_path, capture_output=True, text=True)

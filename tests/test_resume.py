@@ -18,6 +18,7 @@ from conftest import TINY, run, start
 import main
 import models
 import train
+import utils
 import visual
 from utils import UserError
 
@@ -245,7 +246,7 @@ def start_long_run(cwd, small_mnist) -> subprocess.Popen:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_saves_and_says_how_to_go_on(tmp_path, small_mnist, number):
     process = start_long_run(tmp_path, small_mnist)
     process.send_signal(number)
@@ -255,6 +256,37 @@ def test_signal_saves_and_says_how_to_go_on(tmp_path, small_mnist, number):
     kept = models.load_checkpoint(tmp_path / "checkpoints" / f"{NAME}{main.UNFINISHED}")
     iteration = kept["training"]["done"]["generator"]
     assert f"generator iteration {iteration};" in error and iteration > 0
+
+
+def test_resume_overwrites_no_other_run(tmp_path, small_mnist, monkeypatch):
+    """A run that goes on in the results' directory of another: what the other left is set aside."""
+    other = flags(tmp_path, small_mnist, f"--checkpoint-dir={tmp_path / 'others'}", "--seed=9")
+    run_here(other)
+    before = outcome_of(tmp_path / "results" / NAME)
+    run_until(monkeypatch, 5, flags(tmp_path / "elsewhere", small_mnist))
+    here = f"--result-dir={tmp_path / 'results'}"
+    assert "goes on at task" in run_here(flags(tmp_path / "elsewhere", small_mnist, here, "--resume"))
+    assert outcome_of(tmp_path / "results" / f"{NAME}~1") == before
+    assert visual.Run(tmp_path / "results" / NAME).seed != 9
+
+
+def outcome_of(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+
+
+def test_a_damaged_state_never_takes_the_place_of_the_one_before(tmp_path, small_mnist, monkeypatch):
+    run_until(monkeypatch, 5, flags(tmp_path, small_mnist))
+    state = tmp_path / "checkpoints" / f"{NAME}{main.UNFINISHED}"
+    assert models.previous(state).exists()
+    state.write_bytes(b"damaged")
+    main.last_state(main.Paths.of(main.parse(flags(tmp_path, small_mnist))))
+    assert not state.exists() and models.previous(state).exists()
+
+
+def test_numbers_of_what_was_set_aside_only_grow(tmp_path):
+    for name in ("a", "a~1", "a~3", "ab~7"):
+        (tmp_path / name).touch()
+    assert utils.set_aside([tmp_path / "a", tmp_path / "b"]) == [(tmp_path / "a", tmp_path / "a~4")]
 
 
 def test_a_signal_that_comes_twice_saves_too(tmp_path, small_mnist):

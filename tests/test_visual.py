@@ -516,6 +516,13 @@ def test_a_first_seed_under_way_hides_nothing_of_the_others(results):
     assert "generator critic-loss" in {" ".join(key) for key in arms[0].first.curves}
 
 
+def test_runs_behind_links_are_found_once(results):
+    (results / "seed-1").rename(results.parent / "moved")
+    (results / "seed-1").symlink_to(results.parent / "moved")
+    (results / "seed-0/loop").symlink_to(results)
+    assert len(visual.find_runs([results])) == 4
+
+
 def test_a_finished_run_counts_before_its_unfinished_copy(results):
     copy = write_run(results / "a-copy/none-r1")
     (copy / "summary.json").unlink()
