@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import gc
 import os
@@ -155,10 +156,17 @@ def set_aside(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
 def locked(path: Path) -> Iterator[None]:
     """Hold a lock file, which the operating system frees whatever becomes of this process."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks no file that is open for reading alone
+    file = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
     try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno != errno.EBADF:
+                    raise
+                os.close(file)  # NFS locks no file that is open for reading alone
+                file = os.open(path, os.O_RDWR)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
                 f"another run of this name is under way ({path} is locked): wait for it, or give other directories"
