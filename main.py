@@ -373,17 +373,12 @@ class Paths:
         with utils.locked(locks[0]), utils.locked(locks[1]):
             yield
 
-    def set_aside(self) -> None:
-        """Give the files of an earlier run of this name another one, and say so."""
+    def set_aside(self, *these: Path) -> None:
+        """Give the files of an earlier run of this name, or these of them, another one, and say so."""
         # States first: without them, nothing takes what is left for a run to go on with.
         states = [self.state, models.previous(self.state)]
-        keep_as_others([*states, self.results, self.scholar, self.sample_log, self.drawn])
-
-
-def keep_as_others(paths: list[Path]) -> None:
-    """Give what is of an earlier run another name, and say so."""
-    for path, aside in utils.set_aside(paths):
-        print(f"{path} of an earlier run is kept as {aside}")
+        for path, aside in utils.set_aside(these or [*states, self.results, self.scholar, self.sample_log, self.drawn]):
+            print(f"{path} of an earlier run is kept as {aside}")
 
 
 def take(options: argparse.Namespace, kind: type, **others: Any) -> Any:
@@ -441,7 +436,7 @@ def train_scholar(options: argparse.Namespace, tasks: list[data.Task], library: 
     if start is None:
         paths.set_aside()
     elif is_of_another(paths.results, start["files"]["config"]):
-        keep_as_others([paths.results])
+        paths.set_aside(paths.results)
     files = train.RunFiles(paths.results, config, start and start["files"])
     observers = [files, *observers_of(options, len(tasks))]
 
@@ -529,7 +524,8 @@ def other_run(options: argparse.Namespace) -> str:
     except UserError:
         if not paths.resumable:
             raise
-        before = last_state(paths)["config"]["options"]
+        _, state = last_state(paths)
+        before = state["config"]["options"]
     return differences(before, now, sorted(now.keys() - utils.FREE_TO_CHANGE))
 
 
@@ -545,20 +541,16 @@ def flag(key: str) -> str:
     return f"--{key.replace('_', '-')}"
 
 
-def last_state(paths: Paths) -> dict[str, Any]:
-    """The last good state of an unfinished run; one that is damaged is named, and given up for the one before it."""
+def last_state(paths: Paths) -> tuple[Path, dict[str, Any]]:
+    """The last good state of an unfinished run, and its file; a damaged one is named, and the one before tried."""
     problem = None
     for candidate in (paths.state, models.previous(paths.state)):
         if candidate.exists():
             try:
-                state = models.load_checkpoint(candidate)
+                return candidate, models.load_checkpoint(candidate)
             except UserError as error:
                 problem = error
                 utils.warn(f"{error}; the one before it is tried")
-            else:
-                if problem:  # else the next state that is saved would make it the one before
-                    paths.state.unlink()
-                return state
     raise UserError(f"{paths.state}: no good state is left; leave out --resume to start again") from problem
 
 
@@ -566,12 +558,14 @@ def read_state(paths: Paths, config: dict[str, Any]) -> dict[str, Any] | None:
     """The last good state of an unfinished run; None if there is none. It must be of a run with the same options."""
     if not paths.resumable:
         return None
-    state = last_state(paths)
+    file, state = last_state(paths)
     before, now = state["config"]["options"], config["options"]
     if changes := differences(before, now, sorted(now.keys() - utils.FREE_TO_CHANGE)):
-        raise UserError(f"{paths.state} is of a run with {changes}: give the same flags, or leave out --resume")
+        raise UserError(f"{file} is of a run with {changes}: give the same flags, or leave out --resume")
     if state["config"]["data"]["checksums"] != config["data"]["checksums"]:
-        raise UserError(f"{paths.state} is of a run on other data files: give the same ones, or leave out --resume")
+        raise UserError(f"{file} is of a run on other data files: give the same ones, or leave out --resume")
+    if file != paths.state:  # else the next state that is saved would make the damaged one the one before it
+        paths.state.unlink(missing_ok=True)
     state["files"]["config"]["options"]["sample_dir"] = now["sample_dir"]  # where pictures are from now on
     for key in ("versions", "commit", "device", "compute_dtype"):
         if state["config"][key] != config[key]:

@@ -152,6 +152,13 @@ def set_aside(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
     return moves
 
 
+def without_flags(words: Sequence[str], pattern: str) -> list[str]:
+    """A command line without the flags that match a pattern, dashes and all, and without their values."""
+    named = [i for i, word in enumerate(words) if re.fullmatch(pattern, word.split("=")[0])]
+    gone = {*named, *(i + 1 for i in named if "=" not in words[i])}
+    return [word for i, word in enumerate(words) if i not in gone]
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold a lock file, which the operating system frees whatever becomes of this process."""

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import main  # noqa: E402
 import train  # noqa: E402
 import visual  # noqa: E402
-from utils import Parser, UserError, atomic_write, run_program  # noqa: E402
+from utils import Parser, UserError, atomic_write, run_program, without_flags  # noqa: E402
 
 RUNS = ARTS / "runs"
 ABLATIONS = ARTS / "ablations"
@@ -67,7 +67,7 @@ def copy_run(run: visual.Run, target: Path) -> None:
             run.options[path] = ""
     script, *words = run.config["command"]
     script = "benchmarks/ablations.py" if Path(script).name == "ablations.py" else "./main.py"
-    run.config["command"] = [script, *without_paths(words)]
+    run.config["command"] = [script, *without_flags(words, "--([a-z]+-dir|results)")]
     for name, content in (("config", run.config), ("summary", run.summary)):
         train.write_json(target / f"{name}.json", content)
     with (target / "metrics.csv").open("w", newline="") as file:
@@ -90,13 +90,6 @@ def keep_ablations(results: Path) -> None:
     for run, target in zip(finished, targets, strict=True):
         copy_run(run, target)
     shutil.copy(results / "ablations.json", ABLATIONS)
-
-
-def without_paths(words: list[str]) -> list[str]:
-    """A command without the flags that name directories."""
-    named = [i for i, word in enumerate(words) if re.match(r"--([a-z]+-dir|results)\b", word)]
-    gone = {*named, *(i + 1 for i in named if "=" not in words[i])}
-    return [word for i, word in enumerate(words) if i not in gone]
 
 
 def stays(row: dict[str, str], options: dict) -> bool:

@@ -279,8 +279,19 @@ def test_a_damaged_state_never_takes_the_place_of_the_one_before(tmp_path, small
     state = tmp_path / "checkpoints" / f"{NAME}{main.UNFINISHED}"
     assert models.previous(state).exists()
     state.write_bytes(b"damaged")
-    main.last_state(main.Paths.of(main.parse(flags(tmp_path, small_mnist))))
-    assert not state.exists() and models.previous(state).exists()
+    good = models.previous(state).read_bytes()
+    paths = main.Paths.of(main.parse(flags(tmp_path, small_mnist)))
+    main.last_state(paths)
+    assert state.exists()  # looking changes nothing
+    saved = []
+    monkeypatch.setattr(train.Training, "run", lambda training: saved.append(training._save_state()) or end_here())
+    with pytest.raises(UserError, match="here"):
+        run_here(flags(tmp_path, small_mnist, "--resume"))
+    assert saved and models.previous(state).read_bytes() == good and models.load_checkpoint(state)
+
+
+def end_here():
+    raise UserError("here")
 
 
 def test_numbers_of_what_was_set_aside_only_grow(tmp_path):
