@@ -532,9 +532,10 @@ def other_run(options: argparse.Namespace) -> str:
 def is_of_another(results: Path, config: dict[str, Any]) -> bool:
     """Whether there are results of another run than this one, which goes on: it may have been given their directory."""
     try:
-        return visual.Run(results).config.get("started") != config["started"]
+        there = visual.Run(results)
     except UserError:  # nothing that could be read
         return False
+    return (there.config.get("started"), there.seed) != (config["started"], config["options"]["seed"])
 
 
 def flag(key: str) -> str:
