@@ -3,11 +3,12 @@
 Tasks arrive one after another, each with its own data D_i. A scholar H = (G, S) is a generator and a solver.
 The scholar of task i learns from D_i and from the scholar of task i-1 alone (section 3.1):
 
-    G learns a mix of current inputs x and replayed inputs x' (`MixedInputs`),
+    G learns a mix of current inputs x and replayed inputs x' (`mixed_inputs`),
     S learns real pairs (x, y) and replayed pairs (x', y') (`solver_loss`, equation 1).
 
-Where the pairs (x', y') come from is the replay mode: an object with one method, `sample(n)`. In generative replay
-it is the scholar itself, as it was after the last task: x' from its generator, y' its solver's answer to x'.
+The new scholar goes on from the old one's weights (in a chain, from new ones); the old one is a frozen copy. Where the
+pairs (x', y') come from is the replay mode, an object with one method, `sample(n)` (and `inputs(n)`, where x' alone is
+cheaper). In generative replay x' is drawn by the old scholar's generator, and y' is its solver's answer to x'.
 """
 
 import copy
@@ -35,7 +36,7 @@ class Source(Protocol):
 
 @contextmanager
 def answering(module: nn.Module) -> Iterator[None]:
-    """Use a network without changing it: no gradients, evaluation mode, buffers and mode left as they were."""
+    """Use a network without changing it: no gradients, evaluation mode, buffers and the network's mode as they were."""
     training = module.training
     module.eval()
     try:
@@ -82,7 +83,10 @@ class Generator(nn.Module):
             return self.net(self.noise(n) if z is None else z)
 
     def update(self, inputs: Callable[[], Tensor]) -> dict[str, Tensor]:
-        """One iteration of learning; every call of `inputs` gives a fresh batch. Returns losses by name, detached."""
+        """One iteration of learning. Returns losses by name, detached.
+
+        inputs: gives a fresh batch at every call, (batch_size, channels, 32, 32).
+        """
         raise NotImplementedError
 
     def remember(self) -> "Generator":
@@ -124,17 +128,12 @@ class Solver(nn.Module):
 
 
 class Scholar(nn.Module):
-    """H = (G, S). Once remembered it is generative replay: pairs of what G draws and what S answers."""
+    """H = (G, S)."""
 
     def __init__(self, generator: Generator, solver: Solver):
         super().__init__()
         self.generator = generator
         self.solver = solver
-
-    def sample(self, n: int) -> Pairs:
-        """n replayed pairs (x', y'): x' ~ G, y' = S(x')."""
-        x = self.generator.sample(n)
-        return x, self.solver.answer(x)
 
     def remember(self) -> "Scholar":
         """The old scholar H_{i-1} that task i learns from."""
@@ -167,7 +166,8 @@ class ReplayMode(nn.Module):
     """
 
     target_kinds: tuple[str, ...] = ("hard", "soft")  # what it can have as y'; the first is the default
-    block = 64  # pairs that a model draws at once: as many as the device is fastest with
+    needs_generator = False  # whether it draws from the old generator, which then has to learn
+    block = 64  # pairs that a model draws at once; the task loop sets it to what the device is fastest with
 
     def __init__(self, old_scholar: Scholar, old_tasks: Sequence[Source], targets: Targets):
         super().__init__()
@@ -233,7 +233,7 @@ class ModelReplay(ReplayMode):
         self._drawn: dict[str, tuple[Tensor, ...]] = {}  # not yet handed out: (x',) for the generator, (x', y')
 
     def draw(self, n: int) -> Tensor:
-        """n fresh inputs x'."""
+        """n fresh inputs x', in random order: they are handed out in turn."""
         raise NotImplementedError
 
     def sample(self, n: int) -> Pairs:
@@ -265,6 +265,8 @@ class ModelReplay(ReplayMode):
 class GenerativeReplay(ModelReplay):
     """Inputs of the old generator, answered by the old solver: the method."""
 
+    needs_generator = True
+
     def draw(self, n: int) -> Tensor:
         return self.old_scholar.generator.sample(n)
 
@@ -273,7 +275,7 @@ class NoiseReplay(ModelReplay):
     """Gaussian noise for inputs, answered by the old solver: shows what the inputs of the generator are worth.
 
     The noise has the mean and the deviation of the images' values: with any others, the solver's batch normalisation
-    would take statistics that fit neither.
+    would take statistics that fit neither. x' may lie outside [0, 1].
     """
 
     def __init__(self, old_scholar: Scholar, old_tasks: Sequence[Source], targets: Targets):
@@ -309,19 +311,16 @@ def importance_of_new_task(setting: float | str, task: int) -> float:
     return 1 / task if setting == "auto" else float(setting)
 
 
-class MixedInputs:
-    """The inputs G learns from: each is current, x ~ D_i, with probability r, else replayed, x' (section 3.1)."""
+def mixed_inputs(current: Source, replay: Source | None, r: float, n: int) -> Tensor:
+    """n inputs G learns from: each is current, x ~ D_i, with probability r, else replayed, x' (section 3.1).
 
-    def __init__(self, current: Source, replay: Source | None, r: float):
-        self.current, self.replay, self.r = current, replay, r
-
-    def sample(self, n: int) -> Tensor:
-        """n inputs (n, channels, 32, 32), the current ones first."""
-        if self.replay is None or self.r == 1:
-            return self.current.inputs(n)
-        # Drawn on the CPU: a count taken from the GPU would make every batch wait for it.
-        current = int((torch.rand(n, device="cpu") < self.r).sum())
-        return torch.cat([self.current.inputs(current), self.replay.inputs(n - current)])
+    (n, channels, 32, 32), the current ones first.
+    """
+    if replay is None or r == 1:
+        return current.inputs(n)
+    # Drawn on the CPU: a count taken from the GPU would make every batch wait for it.
+    k = int((torch.rand(n, device="cpu") < r).sum())
+    return torch.cat([current.inputs(k), replay.inputs(n - k)])
 
 
 def loss(scores: Tensor, y: Tensor, temperature: float = 1.0) -> Tensor:
@@ -336,9 +335,9 @@ def loss(scores: Tensor, y: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def solver_loss(solver: Solver, current: Pairs, replayed: Pairs, r: float, temperature: float = 1.0) -> Tensor:
-    """Equation 1: r * E_D[loss(S(x), y)] + (1 - r) * E_G[loss(S(x'), y')].
+    """Equation 1: r * E_{D_i}[loss(S_i(x), y)] + (1 - r) * E_{G_{i-1}}[loss(S_i(x'), y')], y' = S_{i-1}(x').
 
-    Without replayed pairs the second term is empty and the first has weight 1.
+    What y' is exactly: see `Targets`. Without replayed pairs the second term is empty and the first has weight 1.
     """
     (x, y), (x_replayed, y_replayed) = current, replayed
     if len(y_replayed) == 0:
@@ -353,9 +352,8 @@ def learn_generator(
 ) -> Iterator[dict[str, Tensor]]:
     """Let G learn the inputs of all tasks so far. Yields the losses of each iteration by name."""
     generator.train()
-    inputs = MixedInputs(current, replay, r)
     for _ in range(iterations):
-        yield generator.update(lambda: inputs.sample(batch_size))
+        yield generator.update(lambda: mixed_inputs(current, replay, r, batch_size))
 
 
 def learn_solver(

@@ -30,11 +30,14 @@ class Network(nn.Sequential):
         """A copy that only answers, in evaluation mode, and does it in fewer passes over memory.
 
         Batch normalisation, then a fixed scale and shift, is multiplied into the convolution before it, and weights are
-        kept in the compute_dtype.
+        kept in the compute_dtype. A subclass that is more than a chain of its layers is copied as it is.
         """
+        if type(self).forward is not Network.forward:
+            return copy.deepcopy(self).eval().requires_grad_(False)
         layers: list[nn.Module] = []
         for layer in copy.deepcopy(self).eval().requires_grad_(False):
-            if isinstance(layer, nn.BatchNorm2d) and isinstance(layers[-1], nn.Conv2d | nn.ConvTranspose2d):
+            fixed = isinstance(layer, nn.BatchNorm2d) and layer.track_running_stats
+            if fixed and layers and isinstance(layers[-1], nn.Conv2d | nn.ConvTranspose2d):
                 transpose = isinstance(layers[-1], nn.ConvTranspose2d)
                 layers[-1] = fuse_conv_bn_eval(layers[-1], layer, transpose=transpose)
             else:
@@ -125,7 +128,7 @@ def critic_network(*, channel_size: int, image_channels: int) -> Network:
 
 
 def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
-    """E[(||grad D(x^)||_2 - 1)^2], x^ uniform between each real image and its fake partner (Algorithm 1, lines 5-7).
+    """E[(||grad D(x^)||_2 - 1)^2], x^ uniform between each real image and its fake partner (Algorithm 1, lines 6, 7).
 
     The norm is taken over all values of an image together: channels, rows and columns.
     """
@@ -148,5 +151,5 @@ def critic_loss(critic: nn.Module, real: Tensor, fake: Tensor, *, penalty_weight
 
 
 def generator_loss(critic: nn.Module, fake: Tensor) -> Tensor:
-    """The generator's loss -D(fake) (Algorithm 1, line 11)."""
+    """The generator's loss -D(fake) (Algorithm 1, line 12)."""
     return -critic(fake).mean()

@@ -9,7 +9,6 @@ Every option is here; `./main.py --help` explains them. The method is in dgr.py.
 """
 
 import argparse
-import contextlib
 import itertools
 import math
 import os
@@ -17,7 +16,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -66,14 +65,8 @@ UNFINISHED = ".unfinished"
 
 # Options that shape the networks: a checkpoint fits only where they are the same.
 ARCHITECTURE = [
-    "generator",
-    "generator_z_size",
-    "generator_c_channel_size",
-    "generator_g_channel_size",
-    "solver",
-    "solver_depth",
-    "solver_reducing_layers",
-    "solver_channel_size",
+    *("generator", "generator_z_size", "generator_c_channel_size", "generator_g_channel_size"),
+    *("solver", "solver_depth", "solver_reducing_layers", "solver_channel_size"),
 ]
 
 
@@ -366,13 +359,6 @@ class Paths:
         except UserError:
             return False
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other runs of this name away."""
-        locks = [path.with_name(f".{path.name}.lock") for path in (self.results, self.scholar)]
-        with utils.locked(locks[0]), utils.locked(locks[1]):
-            yield
-
     def set_aside(self, *these: Path) -> None:
         """Give the files of an earlier run of this name, or these of them, another one, and say so."""
         # States first: without them, nothing takes what is left for a run to go on with.
@@ -399,7 +385,8 @@ def run_training(options: argparse.Namespace) -> None:
         tasks = data.own_tasks(library, options.tasks)
     else:
         tasks = data.EXPERIMENTS[options.experiment](library, take(options, data.ExperimentOptions))
-    with Paths.of(options).locked():
+    paths = Paths.of(options)
+    with utils.locked(paths.results), utils.locked(paths.scholar):
         if not nothing_to_resume(options):  # another run may have ended since
             train_scholar(options, tasks, library)
 
@@ -486,7 +473,7 @@ def train_scholar(options: argparse.Namespace, tasks: list[data.Task], library: 
 
 
 def trains_generator(options: argparse.Namespace) -> bool:
-    return options.replay_mode == "generative-replay" or options.sample_log
+    return dgr.REPLAY_MODES[options.replay_mode].needs_generator or options.sample_log
 
 
 def observers_of(options: argparse.Namespace, tasks: int) -> list[visual.Observer]:
@@ -498,11 +485,10 @@ def observers_of(options: argparse.Namespace, tasks: int) -> list[visual.Observe
         kept = partial(visual.kept_sample, paths.sample_log)
         observers.append(visual.SamplePictures(kept, options.sample_log_interval))
     try:
-        run = visual.Run(paths.results)
         if not options.no_visdom:
-            observers.append(visual.LivePlots(run, options.visdom_server, options.visdom_port))
+            observers.append(visual.LivePlots(visual.Run(paths.results), options.visdom_server, options.visdom_port))
         if options.tensorboard:
-            observers.append(visual.TensorBoard(run))
+            observers.append(visual.TensorBoard(visual.Run(paths.results)))
     except UserError as error:  # on a full disk, where training goes on
         utils.warn(f"no plots: {error}")
     return observers
@@ -510,7 +496,9 @@ def observers_of(options: argparse.Namespace, tasks: int) -> list[visual.Observe
 
 def differences(before: dict[str, Any], now: dict[str, Any], keys: Iterable[str]) -> str:
     """Options of two runs that are not the same, for a user to read; empty if there are none."""
-    return ", ".join(f"{flag(key)} {before.get(key)}, not {now[key]}" for key in keys if before.get(key) != now[key])
+    parser = make_parser()
+    before = {key: parser.get_default(key) for key in keys} | before  # a run may be older than an option
+    return ", ".join(f"{flag(key)} {before[key]}, not {now[key]}" for key in keys if before[key] != now[key])
 
 
 def other_run(options: argparse.Namespace) -> str:
@@ -518,7 +506,7 @@ def other_run(options: argparse.Namespace) -> str:
 
     UserError if there is none, or none that can be read.
     """
-    now, paths = plain(vars(options)), Paths.of(options)
+    now, paths = vars(options), Paths.of(options)
     try:
         before = visual.Run(paths.results).options
     except UserError:
@@ -579,24 +567,22 @@ def sample_grid(generator: dgr.Generator, options: argparse.Namespace) -> torch.
 
     It has a random stream of its own: looking does not change what is learned.
     """
-    random = torch.Generator().manual_seed(options.seed)
-    z = torch.randn(options.sample_size, generator.z_size, generator=random)
-    return generator.sample(options.sample_size, z.to(next(generator.parameters()).device))
-
-
-def plain(options: dict[str, Any]) -> dict[str, Any]:
-    """Options as JSON and checkpoints can hold them."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    device = next(generator.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(options.seed)  # all, for a generator that draws more than z
+        z = torch.randn(options.sample_size, generator.z_size)
+        return generator.sample(options.sample_size, z.to(device))
 
 
 def describe_run(
     options: argparse.Namespace, tasks: list[data.Task], library: data.Library, dtype: torch.dtype | None
 ) -> dict[str, Any]:
     """What one needs to know to repeat a run: the content of its config.json."""
+    values = vars(options) | {"sample_dir": options.sample_dir.resolve()}
     return {
         "name": run_name(options),
         "command": sys.argv,
-        "options": plain(vars(options) | {"sample_dir": options.sample_dir.resolve()}),
+        "options": {key: str(value) if isinstance(value, Path) else value for key, value in values.items()},
         "tasks": [task.name for task in tasks],
         "data": {"checksums": library.checksums, "unverified": library.unverified},
         "device": utils.device_name(library.device),
@@ -618,9 +604,8 @@ def report(options: argparse.Namespace, tasks: list[data.Task], summary: dict[st
     title = f"{run_name(options)}, seed {options.seed}"
     print(f"\n{title}: precision on the whole test set of each task after the last one")
     for number, task in enumerate(tasks):
-        value = summary["precision"][-1][number]
-        if value is None:  # an earlier scholar of a chain, measured when it was done
-            value = summary["precision"][number][number]
+        # The last measurement: of an earlier scholar of a chain, when it was done.
+        value = next(row[number] for row in reversed(summary["precision"]) if row[number] is not None)
         print(f"  task {number + 1}, {task.name}: {value:.4f}")
     print(
         f"average precision {summary['average_precision']:.4f}, forgetting {summary['forgetting']:.4f}, "

@@ -131,7 +131,6 @@ class Training:
         row = self._precisions(measured)
         self.matrix.append([row.get(f"precision-{number}") for number in range(1, len(self.tasks) + 1)])
         self._tell("test", iterations, row)
-        self._check_finite("solver", iterations)
         self.save_scholar(self.scholar, self.task)
 
     def _old_scholar_as_replay(self) -> dgr.ReplayMode:
@@ -230,13 +229,13 @@ class Training:
             torch.cuda.set_rng_state(state["random_of_gpu"], device)
 
 
-def optimisers_of(scholar: dgr.Scholar) -> dict[str, torch.optim.Optimizer]:
-    """The optimisers that the parts of a scholar hold as attributes, by the attribute's full name."""
+def optimisers_of(scholar: dgr.Scholar) -> dict[str, Any]:
+    """The optimisers and schedulers that the parts of a scholar hold as attributes, by the attribute's full name."""
     return {
         f"{name}.{attribute}": value
         for name, module in scholar.named_modules()
         for attribute, value in vars(module).items()
-        if isinstance(value, torch.optim.Optimizer)
+        if hasattr(value, "load_state_dict")
     }
 
 
@@ -249,16 +248,12 @@ class RunFiles(visual.Observer):
     state: what `state_dict` of an unfinished run gave, to go on with its files.
     """
 
-    METRICS = "phase,task,iteration,name,value\n"
-
     def __init__(self, directory: Path, config: dict[str, Any], state: dict[str, Any] | None = None):
         self.directory = directory
         self._file = directory / "metrics.csv"
-        self._config, self._metrics = config, self.METRICS
-        self._started = time.monotonic()
-        if state is not None:
-            self._config, self._metrics = state["config"], state["metrics"]
-            self._started -= state["seconds"]
+        state = state or {"config": config, "metrics": "phase,task,iteration,name,value\n", "seconds": 0.0}
+        self._config, self._metrics = state["config"], state["metrics"]
+        self._started = time.monotonic() - state["seconds"]
         self._complete = self._warned = False  # whether the files hold everything; whether somebody was told that not
         self._write_metrics()
 
@@ -304,7 +299,7 @@ class RunFiles(visual.Observer):
         return summary
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: Any) -> None:
     with atomic_write(path) as file:
         json.dump(content, file, indent=2)
         file.write("\n")

@@ -127,15 +127,13 @@ def atomic_write(path: Path, mode: str = "w", keep_as: Path | None = None) -> It
 def not_writable(directory: Path) -> str | None:
     """Why no file can be made in a directory, which need not exist yet; None if nothing speaks against it."""
     try:
-        existing = directory
-        while not existing.exists() and existing != existing.parent:
-            existing = existing.parent
+        existing = next(path for path in (directory, *directory.parents) if path.exists())
         if not existing.is_dir():
             return f"{existing} is not a directory"
         with tempfile.TemporaryFile(dir=existing):
             return None
     except OSError as error:
-        return f"{str(existing)[:200]} is not writable ({reason(error)})"
+        return f"{str(directory)[:200]} is not writable ({reason(error)})"
 
 
 def set_aside(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
@@ -161,7 +159,8 @@ def without_flags(words: Sequence[str], pattern: str) -> list[str]:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file, which the operating system frees whatever becomes of this process."""
+    """Hold a lock file beside a path, which the operating system frees whatever becomes of this process."""
+    path = path.with_name(f".{path.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
     try:

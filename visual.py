@@ -41,7 +41,8 @@ from tqdm import tqdm
 
 from utils import FREE_TO_CHANGE, Parser, UserError, atomic_write, reason, run_program, warn
 
-rcParams["text.parse_math"] = False  # titles hold names of files, and those may have dollars
+# Titles hold names of files, and those may have dollars.
+rcParams.update({"text.parse_math": False, "axes.titlesize": "medium", "figure.titlesize": "medium"})
 
 # One colour per task in every figure (Okabe and Ito's, which the colour-blind can tell apart), repeated after seven,
 # and in those from files one dash pattern, for prints in grey.
@@ -92,45 +93,32 @@ class Progress(Observer):
     def __init__(self, tasks: int):
         self._tasks = tasks
         self._values: dict[str, float] = {}
-        self._bar: tqdm | None = None
+        self._bar = tqdm(disable=True)  # shows nothing, as all do where there is no terminal
 
     def begin(self, phase: str, task: int, iterations: int) -> None:
         self._title = f"task {task}/{self._tasks} {phase}"
-        self._iterations = iterations
-        self._values = {}
-        self._first: int | None = None  # iteration that this process has seen
-        self._started = time.monotonic()
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=iterations, desc=self._title, file=sys.stderr, dynamic_ncols=True)
+        self._bar = tqdm(total=iterations, desc=self._title, dynamic_ncols=True, disable=not sys.stderr.isatty())
+        self._values, self._done, self._started = {}, 0, time.monotonic()  # of this process
 
     def step(self, iteration: int) -> None:
-        if self._first is None:
-            self._first = iteration
-            if self._bar is not None:
-                self._bar.initial = self._bar.n = iteration - 1  # of a resumed phase, for the rate
-        if self._bar is not None:
-            self._bar.update(iteration - self._bar.n)
+        if self._done == 0:
+            self._bar.initial = self._bar.n = iteration - 1  # of a resumed phase, for the rate
+        self._done += 1
+        self._bar.update()
 
     def scalars(self, phase: str, task: int, iteration: int, values: dict[str, float]) -> None:
         self._values |= values
-        if self._bar is not None:
-            self._bar.set_postfix_str(self._summary(), refresh=False)
+        self._bar.set_postfix_str(", ".join(f"{name} {x:.3f}" for name, x in self._values.items()), refresh=False)
 
     def end(self, phase: str, task: int) -> None:
-        if self._bar is not None:
-            self.close()
-            return
-        seconds, done = time.monotonic() - self._started, self._iterations - (self._first or 1) + 1
-        with contextlib.suppress(OSError):  # a terminal that has gone ends no run
-            print(f"{self._title}: {done} iterations in {seconds:.0f} s, {self._summary()}", file=sys.stderr)
+        if self._bar.disable:
+            took = f"{self._done} iterations in {time.monotonic() - self._started:.0f} s"
+            with contextlib.suppress(OSError):  # a terminal that has gone ends no run
+                print(f"{self._title}: {took}, {self._bar.postfix}", file=sys.stderr)
+        self._bar.close()
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def _summary(self) -> str:
-        return ", ".join(f"{name} {value:.3f}" for name, value in self._values.items())
+        self._bar.close()
 
 
 # ------------------------------------------------------------------------------------------------ sample grids
@@ -185,11 +173,6 @@ def retell(run: "Run", observer: Observer) -> None:
 Post = tuple[str, dict[str, Any]]  # a method of a visdom client, and its arguments
 
 
-def phase_of(window: str) -> str:
-    """Whose iterations a window of curves has: that of precision the solver's, that of a loss those in its name."""
-    return "solver" if window == "precision" else window.split()[0]
-
-
 class LivePlots(Observer):
     """Live plots of a run on a visdom server, in the environment of its name. Training never waits for them.
 
@@ -207,8 +190,7 @@ class LivePlots(Observer):
         self._lengths, self._titles = run.lengths, run.task_titles
         self._address = f"{server}:{port}"
         self._connection = {"server": server, "port": port, "env": run.environment}
-        self._begun = dict.fromkeys(self._lengths, 1)  # tasks, for each phase
-        self._curves: dict[str, dict[int, tuple[list[float], list[float]]]] = {"precision": {1: ([], [])}}
+        self._curves: dict[str, dict[int, Curve]] = {"precision": {1: {}}}  # of each window, by task
         self._newest: dict[str, Callable[[], Post]] = {}  # what makes the newest state of each window
         self._pending: dict[str, Callable[[], Post]] = {}  # of those that are not posted yet
         self._changed = threading.Condition()
@@ -222,23 +204,16 @@ class LivePlots(Observer):
         self._thread = threading.Thread(target=self._post_all, daemon=True)
         self._thread.start()
 
-    def begin(self, phase: str, task: int, iterations: int) -> None:
-        with self._changed:
-            self._begun[phase] = task
-            self._show(*(window for window in self._curves if phase == phase_of(window)))
-
     def scalars(self, phase: str, task: int, iteration: int, values: dict[str, float]) -> None:
         if phase not in self._lengths:
             return
         with self._changed:
-            self._begun[phase] = task
             for name, value in values.items():
                 window, curve = f"{phase} {name}", task
                 if name.startswith("precision-"):
                     window, curve = "precision", int(name.removeprefix("precision-"))
-                xs, ys = self._curves.setdefault(window, {}).setdefault(curve, ([], []))
-                xs.append((task - 1) * self._lengths[phase] + iteration)
-                ys.append(value)
+                at = (task - 1) * self._lengths[phase] + iteration
+                self._curves.setdefault(window, {}).setdefault(curve, {})[at] = value
                 self._show(window)
 
     def images(self, task: int, iteration: int, images: Tensor) -> None:
@@ -258,9 +233,9 @@ class LivePlots(Observer):
             self._changed.notify()
         self._thread.join(timeout=0.1 if self._down else self.CLOSE_SECONDS)
 
-    def _show(self, *windows: str) -> None:
-        """Have the curves of these windows posted; they are put together then, not here, where training waits."""
-        self._post(**{window: partial(self._line, window) for window in windows})
+    def _show(self, window: str) -> None:
+        """Have the curves of a window posted; they are put together then, not here, where training waits."""
+        self._post(**{window: partial(self._line, window)})
 
     def _post(self, **makers: Callable[[], Post]) -> None:
         with self._changed:
@@ -270,12 +245,9 @@ class LivePlots(Observer):
 
     def _line(self, window: str) -> Post:
         """The curves of a window as columns of one matrix, absent points being NaN."""
-        phase, curves = phase_of(window), self._curves[window]
-        x = sorted({x for xs, _ in curves.values() for x in xs}) or [0]
-        row = {x: i for i, x in enumerate(x)}
-        y = np.full((len(x), len(curves)), np.nan)
-        for column, (xs, ys) in enumerate(curves.values()):
-            y[[row[x] for x in xs], column] = ys
+        curves, phase = self._curves[window], "solver" if window == "precision" else window.split()[0]
+        x = sorted(set().union(*curves.values())) or [0]
+        y = np.array([[curve.get(at, np.nan) for curve in curves.values()] for at in x])
         loss = window.removeprefix(f"{phase} ").replace("-", " ")
         title = loss if phase in loss or window == "precision" else f"{phase} {loss}"
         opts: dict[str, Any] = {"title": title, "xlabel": f"{phase} iterations", "ylabel": title, **WINDOW}
@@ -288,7 +260,7 @@ class LivePlots(Observer):
         line = {"type": "line", "line": {"color": "#808080", "dash": "dot", "width": 1.5}}
         label = {"y": 1, "xanchor": "left", "yanchor": "bottom", "showarrow": False}
         shapes, labels = [], []
-        for task in range(1, self._begun[phase] + 1):
+        for task in range(1, max(curves) + 1):
             at, title = (task - 1) * self._lengths[phase], self._titles[task - 1]
             shapes.append({"yref": "paper", "x0": at, "x1": at, "y0": 0, "y1": 1} | line)
             font = {"size": 11, "color": task_colour(task)}
@@ -361,15 +333,13 @@ class TensorBoard(Observer):
     """
 
     def __init__(self, run: "Run"):
-        options = run.config["options"]
-        self.image_interval, self._tasks = options["image_log_interval"], len(run.tasks)
-        self._lengths = {phase: options[f"{phase}_iterations"] for phase in ("generator", "solver")}
-        self._lengths["test"] = self._lengths["solver"]
+        self.image_interval, self._tasks = run.options["image_log_interval"], len(run.tasks)
+        self._lengths = {**run.lengths, "test": run.lengths["solver"]}
         self._directory, self._failed = run.directory / "tensorboard", False
         with self._trying():
-            self._start(run, options)
+            self._start(run)
 
-    def _start(self, run: "Run", options: dict[str, Any]) -> None:
+    def _start(self, run: "Run") -> None:
         from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from torch.utils.tensorboard import RecordWriter, summary
@@ -383,7 +353,7 @@ class TensorBoard(Observer):
         self._writer = RecordWriter(self._file)
         self._write(file_version="brain.Event:2")
         self._write(session_log=SessionLog(status=SessionLog.START))  # what a reader has of earlier files is void
-        values = {key: v if isinstance(v, int | float) else str(v) for key, v in options.items() if v is not None}
+        values = {key: v if isinstance(v, int | float) else str(v) for key, v in run.options.items() if v is not None}
         *about, self._finished = summary.hparams(values, {"average-precision": 0.0})
         for part in about:
             self._write(summary=part)
@@ -460,7 +430,7 @@ MODES = ["none", "noise-replay", "exact-replay", "generative-replay"]
 WITHIN_AN_ARM = FREE_TO_CHANGE | {"seed", "test_size", "sample_size"}
 WITHIN_AN_ARM |= {f"{kind}_log_interval" for kind in ("sample", "image", "eval", "loss")}
 SUMMARY_KEYS = ("precision", "average_precision", "forgetting", "seconds")
-Curve = tuple[np.ndarray, np.ndarray]  # iterations since the start of the run, and values
+Curve = dict[int, float]  # values by iterations since the start of the run
 
 
 def printable(text: str) -> str:
@@ -487,14 +457,10 @@ class Run:
             self.experiment, self.replay_mode = self.options["experiment"], self.options["replay_mode"]
             self.lengths = {phase: self.options.get(f"{phase}_iterations", 1) for phase in ("generator", "solver")}
             self.curves: dict[tuple[str, str], Curve] = {}  # by phase and name
-            points: dict[tuple[str, str], list[tuple[int, float]]] = {}
             for row in self.rows:
                 if row["phase"] in self.lengths:
                     at = (int(row["task"]) - 1) * self.lengths[row["phase"]] + int(row["iteration"])
-                    points.setdefault((row["phase"], row["name"]), []).append((at, float(row["value"])))
-            for key, values in points.items():
-                xs, ys = zip(*values, strict=True)
-                self.curves[key] = np.array(xs), np.array(ys)
+                    self.curves.setdefault((row["phase"], row["name"]), {})[at] = float(row["value"])
             self.directory = directory
         except OSError as error:
             raise UserError(f"{error.filename or directory}: {reason(error)}: not the directory of a run") from error
@@ -535,15 +501,13 @@ class Run:
 
     def precision(self, task: int) -> Curve:
         """Precision on task 1, 2, ... over solver iterations."""
-        return self.curves.get(("solver", f"precision-{task}"), (np.array([]), np.array([])))
+        return self.curves.get(("solver", f"precision-{task}"), {})
 
     def average_precision(self) -> Curve:
         """The mean of the precisions on all tasks so far, over solver iterations."""
-        values: dict[int, list[float]] = {}
-        for task in range(1, len(self.tasks) + 1):
-            for x, y in zip(*self.precision(task), strict=True):
-                values.setdefault(int(x), []).append(y)
-        return np.array(sorted(values)), np.array([np.mean(values[x]) for x in sorted(values)])
+        curves = [self.precision(task) for task in range(1, len(self.tasks) + 1)]
+        measured = sorted(set().union(*curves))
+        return {x: np.mean([curve[x] for curve in curves if x in curve]) for x in measured}
 
     def kept_samples(self) -> dict[tuple[int, int], Path]:
         """The pictures of `--sample-log` by task and iteration, in their order."""
@@ -611,8 +575,8 @@ class Arm:
 
     def curve(self, of: Callable[[Run], Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Iterations, mean and standard deviation over seeds, at the iterations that all runs have measured."""
-        curves = [dict(zip(*of(run), strict=True)) for run in self.shown]
-        xs = sorted(set.intersection(*(set(curve) for curve in curves)))
+        curves = [of(run) for run in self.shown]
+        xs = sorted(set.intersection(*map(set, curves)))
         ys = np.array([[curve[x] for x in xs] for curve in curves])
         return np.array(xs), ys.mean(axis=0), ys.std(axis=0, ddof=min(1, len(ys) - 1))
 
@@ -636,23 +600,21 @@ def arms_of(runs: Sequence[Run]) -> dict[str, list[Arm]]:
 
 
 def label(arms: Sequence[Arm]) -> None:
-    """Name arms after their replay modes, and those of one mode by what is not as in most of them too."""
-    for mode in {arm.first.replay_mode for arm in arms}:
-        label_rivals([arm for arm in arms if arm.first.replay_mode == mode])
+    """Name arms after their replay modes, and those of one mode by what is not as in most of them too.
 
-
-def label_rivals(arms: Sequence[Arm]) -> None:
-    """Name arms of one replay mode; a temperature is said only where targets leave it open."""
+    A temperature is said only where targets leave it open.
+    """
     for arm in arms:
+        rivals = [other.first for other in arms if other.first.replay_mode == arm.first.replay_mode]
         own, unusual = arm.first.learned_with, {}
         for key, value in own.items():
-            values = [rival.first.options.get(key) for rival in arms]
+            values = [rival.options.get(key) for rival in rivals]
             if value != max(values, key=values.count):
                 unusual[key] = f"{key.replace('_', ' ')} {value}"
-        if len({rival.first.data_note for rival in arms}) > 1:
+        if len({rival.data_note for rival in rivals}) > 1:
             unusual["data"] = arm.first.data_note or "official data"
-        alike = [rival for rival in arms if rival.first.options.get("replay_targets") == own.get("replay_targets")]
-        if "replay_targets" in unusual and len({rival.first.options.get("temperature") for rival in alike}) == 1:
+        alike = [rival for rival in rivals if rival.options.get("replay_targets") == own.get("replay_targets")]
+        if "replay_targets" in unusual and len({rival.options.get("temperature") for rival in alike}) == 1:
             unusual.pop("temperature", None)
         arm.label = arm.first.replay_mode + (f" ({', '.join(unusual.values())})" if unusual else "")
 
@@ -684,7 +646,7 @@ def panels(count: int, title: str, height: float = 3.4) -> tuple[Figure, list[Ax
     rows = -(-count // COLUMNS_OF_PANELS)
     columns = -(-count // rows)
     figure = Figure(figsize=(0.8 + 3.6 * columns, height * rows), layout="constrained")
-    figure.suptitle(title, fontsize="medium")
+    figure.suptitle(title)
     return figure, [figure.add_subplot(rows, columns, number + 1) for number in range(count)]
 
 
@@ -716,7 +678,6 @@ def precision_figure(arms: Sequence[Arm]) -> Figure:
         draw_task_boundaries(axes, [arm])
         own = f"{arm.first.experiment}: {arm.label}" if several else arm.label
         axes.set(title=textwrap.fill(own, 38), ylabel="precision", ylim=(0, 1.01))
-        axes.title.set_fontsize("medium")
         if not axes.get_subplotspec().is_first_col():
             axes.set(ylabel="", yticklabels=[])
     legend_below(figure, all_axes)
@@ -729,14 +690,10 @@ ARM_COLOURS = ["#882255", "#999933", "#117733", "#332288", "#88CCEE", "#CC6677",
 
 def arm_styles(arms: Sequence[Arm]) -> list[dict[str, Any]]:
     """Colour, dash pattern and label of each arm; the first of each replay mode has the mode's in every figure."""
-    styles, further, left = [], len(MODES), list(MODES)
+    styles, of_modes, further = [], {mode: at for at, mode in enumerate(MODES)}, itertools.count(len(MODES))
     for arm in arms:
-        mode = arm.first.replay_mode
-        if mode in left:
-            at = MODES.index(mode)
-            left.remove(mode)
-        else:
-            at, further = further, further + 1
+        at = of_modes.pop(arm.first.replay_mode, None)
+        at = next(further) if at is None else at
         seeds = f", {len(arm.shown)} seeds" if len(arm.shown) > 1 else ""
         colour, dash = ARM_COLOURS[at % len(ARM_COLOURS)], task_dash(len(MODES) - at if at < len(MODES) else at + 1)
         styles.append({"color": colour, "linestyle": dash, "label": arm.label + seeds})
@@ -771,7 +728,6 @@ def matrix_figure(arms: Sequence[Arm]) -> Figure | None:
         ticks = range(len(matrix))
         names = [number + 1 for number in ticks]
         axes.set(title=textwrap.fill(arm.label, 38), xlabel="precision on task", ylabel="after task")
-        axes.title.set_fontsize("medium")
         axes.set_xticks(ticks, names)
         axes.set_yticks(ticks, names)
     figure.colorbar(image, ax=all_axes, shrink=0.8, aspect=20 * all_axes[0].get_gridspec().nrows, label="precision")
@@ -801,14 +757,13 @@ def samples_figure(arms: Sequence[Arm]) -> Figure | None:
         return None
     tasks = max(len(arm.first.tasks) for arm, _ in shown)
     figure = Figure(figsize=(0.4 + 2.2 * tasks, 0.6 + 2.4 * len(shown)), layout="constrained")
-    figure.suptitle(f"{title_of([arm.first for arm, _ in shown])}: samples after each task", fontsize="medium")
+    figure.suptitle(f"{title_of([arm.first for arm, _ in shown])}: samples after each task")
     for axes_row, (arm, samples) in zip(figure.subplots(len(shown), tasks, squeeze=False), shown, strict=True):
         end = arm.first.lengths["generator"]
         last = {task: path for (task, iteration), path in samples.items() if iteration == end}
         axes_row[0].set_ylabel(textwrap.fill(arm.label, 32))
         for task, axes in enumerate(axes_row, start=1):
             axes.set(xticks=[], yticks=[], title=f"after task {task}")
-            axes.title.set_fontsize("medium")
             if task in last:
                 axes.imshow(np.asarray(Image.open(last[task])))
             elif task > len(arm.first.tasks):
@@ -882,18 +837,6 @@ def save_figure(runs: Sequence[Run], path: Path) -> None:
 # ------------------------------------------------------------------------------------------- tables and report
 
 
-COLUMNS = [
-    "experiment",
-    "replay mode",
-    "seeds",
-    "average precision",
-    "forgetting",
-    "seconds",
-    "paper",
-    "2017 repository",
-]
-
-
 def spread(values: Sequence[float], digits: int) -> str:
     """The mean of values over seeds, with the standard deviation if there are several."""
     if not values:
@@ -903,16 +846,22 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 def cells(arm: Arm) -> dict[str, str]:
-    """An arm as a row of a table, by `COLUMNS`."""
-    note = f" ({arm.first.data_note})" if arm.first.data_note else ""
+    """An arm as a row of a table."""
+    run, summaries = arm.first, [run.summary for run in arm.finished]
     unfinished = len(arm.runs) - len(arm.finished)
-    seeds = ", ".join(str(run.seed) for run in arm.finished)
-    values = [arm.first.experiment + note, arm.label, seeds + (f" ({unfinished} not finished)" if unfinished else "")]
-    for key, digits in (("average_precision", 3), ("forgetting", 3), ("seconds", 0)):
-        values.append(spread([run.summary[key] for run in arm.finished], digits))
-    of = f" on {', '.join(name.upper() for name in arm.first.unofficial)}" if arm.first.unofficial else ""
-    published = PUBLISHED.get((arm.first.experiment, arm.first.replay_mode), ("", ""))
-    return dict(zip(COLUMNS, [*values, *(number and number + of for number in published)], strict=True))
+    of = f" on {', '.join(name.upper() for name in run.unofficial)}" if run.unofficial else ""
+    paper, repository = PUBLISHED.get((run.experiment, run.replay_mode), ("", ""))
+    return {
+        "experiment": run.experiment + (f" ({run.data_note})" if run.data_note else ""),
+        "replay mode": arm.label,
+        "seeds": ", ".join(str(run.seed) for run in arm.finished)
+        + (f" ({unfinished} not finished)" if unfinished else ""),
+        "average precision": spread([summary["average_precision"] for summary in summaries], 3),
+        "forgetting": spread([summary["forgetting"] for summary in summaries], 3),
+        "seconds": spread([summary["seconds"] for summary in summaries], 0),
+        "paper": paper and paper + of,
+        "2017 repository": repository and repository + of,
+    }
 
 
 def markdown(rows: Sequence[dict[str, str]]) -> str:

@@ -214,7 +214,7 @@ def overview(runs: list[visual.Run]) -> list[str]:
                 networks = [names.get(run.options[key], run.options[key]) for key in ("generator", "solver")]
                 row["networks"] = ", ".join(networks + ["narrow"] * is_narrow(run))
                 for mode in visual.MODES:
-                    own = cells.get(mode, dict.fromkeys(visual.COLUMNS, ""))
+                    own = cells.get(mode, {"average precision": "", "paper": ""})
                     row[mode] = own["average precision"] + (f" ({own['paper']})" if own["paper"] else "")
                 rows.setdefault(experiment, []).append(row)
     order = sorted(rows, key=[run.experiment for run in runs].index)

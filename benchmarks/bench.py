@@ -13,7 +13,6 @@ product in the precision of ours, for `batch` of the rate of a large copy, both 
 
 import argparse
 import copy
-import json
 import resource
 import statistics
 import sys
@@ -311,9 +310,7 @@ def run() -> None:
     print(f"{utils.device_name(device)}, torch {torch.__version__}, commit {utils.commit()}")
     print(f"{'':<24} {'ours':>12} {'ours':>13} {'plain':>13} {'ratio':>9}")
     table = measure(options, here.repetitions)
-    with utils.atomic_write(here.output) as file:
-        json.dump(table, file, indent=2)
-        file.write("\n")
+    train.write_json(here.output, table)
     print(f"table: {here.output}")
 
 

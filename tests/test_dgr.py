@@ -58,8 +58,7 @@ def test_sampling_and_answering_leave_every_buffer_and_mode_as_they_were():
     """Trap 5: batch normalisation in training mode while sampling or answering."""
     scholar = small_scholar()
     before = state(scholar)
-    images, _ = scholar.sample(6)
-    scholar.solver.answer(images)
+    scholar.solver.answer(scholar.generator.sample(6))
     assert_same_state(scholar, before)
     assert all(module.training for module in scholar.modules())
 
@@ -166,7 +165,7 @@ def test_generative_replay_is_the_old_scholars_pairs():
     torch.manual_seed(3)
     drawn = [replay.sample(n) for n in (4, 4, 4, 15)]
     torch.manual_seed(3)
-    blocks = [scholar.sample(10), scholar.sample(10), scholar.sample(15)]
+    blocks = [(x, scholar.solver.answer(x)) for x in map(scholar.generator.sample, (10, 10, 15))]
     x, y = (torch.cat(parts) for parts in zip(*drawn, strict=True))
     x_expected, y_expected = (torch.cat(parts)[: len(x)] for parts in zip(*blocks, strict=True))
     torch.testing.assert_close(x, x_expected)
@@ -211,16 +210,16 @@ def test_auto_gives_every_task_the_same_share_of_the_generators_inputs():
 
 
 def test_mixed_inputs_are_current_with_probability_r():
-    inputs = dgr.MixedInputs(Constant(1.0, 0), Constant(0.0, 0), r=0.3)
-    x = inputs.sample(4000)
+    sources = Constant(1.0, 0), Constant(0.0, 0)
+    x = dgr.mixed_inputs(*sources, 0.3, 4000)
     assert x.shape == (4000, 1, 32, 32)
     assert x[:, 0, 0, 0].mean().item() == pytest.approx(0.3, abs=0.037)  # five standard deviations
-    counts = {int(inputs.sample(10)[:, 0, 0, 0].sum()) for _ in range(40)}
+    counts = {int(dgr.mixed_inputs(*sources, 0.3, 10)[:, 0, 0, 0].sum()) for _ in range(40)}
     assert len(counts) > 2  # each row for itself, not a fixed part of the batch
 
 
 def test_mixed_inputs_without_replay_are_current():
-    assert dgr.MixedInputs(Constant(1.0, 0), None, r=1.0).sample(5).min() == 1
+    assert dgr.mixed_inputs(Constant(1.0, 0), None, 1.0, 5).min() == 1
 
 
 # -------------------------------------------------------------------------------------------------- equation 1
@@ -345,6 +344,12 @@ def test_optimisers_hold_every_parameter_of_their_network_once():
         for group in optimiser.param_groups:
             assert group["lr"] == SMALL.lr and group["betas"] == (SMALL.beta1, SMALL.beta2)
             assert group["weight_decay"] == SMALL.weight_decay
+
+
+def test_a_scheduler_is_kept_beside_its_optimiser():
+    scholar = small_scholar()
+    scheduler = scholar.generator.scheduler = torch.optim.lr_scheduler.StepLR(scholar.generator.optimiser, 1)
+    assert train.optimisers_of(scholar)["generator.scheduler"] is scheduler
 
 
 @pytest.mark.parametrize("depth, reducing_layers, size", [(5, 3, 4), (5, 4, 2), (2, 0, 32), (4, 1, 16), (6, 5, 1)])

@@ -66,6 +66,26 @@ def test_sigmoid_has_a_gradient_in_bfloat16_too():
     assert network.frozen()(torch.ones(1, 1)).item() == y.item()
 
 
+class Doubling(gan.Network):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        Doubling(gan.Convolution(3, 4, 3), nn.BatchNorm2d(4)),
+        gan.Network(nn.BatchNorm2d(3), gan.Convolution(3, 4, 3)),
+        gan.Network(gan.Convolution(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)),
+    ],
+    ids=["more than a chain", "normalises its input", "no running statistics"],
+)
+def test_frozen_networks_of_ones_own_answer_as_they_do(network):
+    x = torch.rand(5, 3, 8, 8)
+    network(x)
+    torch.testing.assert_close(network.frozen()(x), network.eval()(x))
+
+
 def test_penalty_norm_is_over_all_values_of_an_image():
     """Trap 2: for a linear critic the gradient is its weight, and the penalty (||w|| - 1)^2, whatever the images."""
     critic = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 1))

@@ -211,6 +211,19 @@ def test_modes_without_generative_replay_train_no_generator(tmp_path, small_mnis
     assert_one_line_error(refused, 1, "never trained", "--sample-log")
 
 
+def test_a_mode_of_ones_own_that_draws_from_the_generator_has_it_trained(monkeypatch):
+    class Half(dgr.GenerativeReplay):
+        pass
+
+    monkeypatch.setitem(dgr.REPLAY_MODES, "half", Half)
+    assert main.trains_generator(main.parse(["--train", "--replay-mode=half"]))
+
+
+def test_a_run_may_be_older_than_an_option():
+    assert main.differences({"lr": 1e-4}, {"lr": 1e-4, "temperature": None}, ["lr", "temperature"]) == ""
+    assert main.differences({}, {"lr": 0.1}, ["lr"]) == "--lr 0.0001, not 0.1"
+
+
 def test_sample_log_trains_the_generator_in_every_mode(tmp_path, small_mnist):
     flags = ["--replay-mode=none", "--sample-log", "--sample-log-interval=2"]
     assert train(tmp_path, small_mnist, *flags).returncode == 0

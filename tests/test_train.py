@@ -130,6 +130,18 @@ def test_sample_grids_leave_the_random_stream_as_it_was():
     assert torch.equal(main.sample_grid(generator, options), first)
 
 
+def test_sample_grids_of_a_generator_that_draws_more_than_z_repeat_too():
+    class Diffusion(dgr.Generator):
+        def sample(self, n, z=None):
+            return super().sample(n, z) + torch.rand(n, 1, 1, 1)
+
+    generator, options = Diffusion(small_scholar().generator.net, 5), types.SimpleNamespace(seed=3, sample_size=2)
+    before = torch.get_rng_state()
+    first = main.sample_grid(generator, options)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(main.sample_grid(generator, options), first)
+
+
 def test_matrix_has_a_row_for_each_task_over_the_tasks_so_far(small_mnist):
     matrix, recorder, saved = learn(small_mnist, tasks=3)
     assert [[value is not None for value in row] for row in matrix] == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
