@@ -15,6 +15,7 @@ import types
 
 import pytest
 import test_resume
+import torch
 from conftest import ROOT, TINY, assert_one_line_error, call, run, start, write_small_mnist
 
 import main
@@ -267,7 +268,8 @@ def test_what_went_wrong_in_a_worker_is_said_at_home(full, tmp_path, small_mnist
 
     monkeypatch.setattr("sys.argv", sys.argv)
     monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(get=lambda result: result))
-    monkeypatch.setitem(sys.modules, "tensorboard", None)  # not installed there
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # not installed there
+    monkeypatch.delattr(torch.utils, "tensorboard", raising=False)
     home = full.Gather()
     gather = types.SimpleNamespace(
         files=types.SimpleNamespace(remote=home.files), put=types.SimpleNamespace(remote=home.put)
