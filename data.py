@@ -168,8 +168,8 @@ def _read_mnist(directory: Path) -> tuple[Arrays, Arrays]:
 def _read_fashion_mnist(directory: Path) -> tuple[Arrays, Arrays]:
     """From the compressed files, whose checksums are the published ones."""
     with tempfile.TemporaryDirectory() as unpacked:
-        for file in directory.glob("*.gz"):
-            extract_archive(file, unpacked)
+        for name, _ in torchvision.datasets.FashionMNIST.resources:
+            extract_archive(directory / name, unpacked)
         return _read_mnist(Path(unpacked))
 
 
@@ -287,6 +287,8 @@ def _download(data_set: DataSet, directory: Path, missing: list[str]) -> None:
                         raise RuntimeError(f"{name} arrived with md5 {found}")
             except StopIteration:
                 failures.append(f"{source}: files are missing")
+            except MemoryError:
+                raise
             except Exception as error:  # a source fails in many ways, and the next one may not
                 failures.append(f"{source}: {reason(error)}")
             else:
@@ -335,6 +337,8 @@ class Library:
                 if missing := {"x_train", "y_train", "x_test", "y_test"} - set(archive.files):
                     raise ValueError(f"it has no {', '.join(sorted(missing))}")
                 train, test = (npz_split(archive, part) for part in ("train", "test"))
+        except OSError as error:
+            raise UserError(f"--tasks: {path}: {reason(error)}") from error
         except MemoryError:
             raise
         except Exception as error:  # zip, header and array errors are of many types

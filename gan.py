@@ -48,7 +48,7 @@ class Network(nn.Sequential):
 
 
 class Convolution(nn.Conv2d):
-    """A square convolution; on the CPU, a product of two matrices where it has more channels than places.
+    """A square convolution; on the CPU, a product of two matrices where it has at least as many channels as places.
 
     There, PyTorch's own spends most of its time on laying out weights and their gradients.
     """

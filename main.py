@@ -16,7 +16,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -494,10 +494,10 @@ def observers_of(options: argparse.Namespace, tasks: int) -> list[visual.Observe
     return observers
 
 
-def differences(before: dict[str, Any], now: dict[str, Any], keys: Iterable[str]) -> str:
+def differences(before: dict[str, Any], now: dict[str, Any], keys: Sequence[str]) -> str:
     """Options of two runs that are not the same, for a user to read; empty if there are none."""
     parser = make_parser()
-    before = {key: parser.get_default(key) for key in keys} | before  # a run may be older than an option
+    before = {key: parser.get_default(key) for key in keys} | before  # of a run that is older than an option
     return ", ".join(f"{flag(key)} {before[key]}, not {now[key]}" for key in keys if before[key] != now[key])
 
 

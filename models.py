@@ -279,7 +279,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
                 raise zipfile.BadZipFile(damaged)
         with warnings.catch_warnings(action="ignore"):  # torch's remarks on files of other programs
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found = checkpoint["format"]
+        found = int(checkpoint["format"])
     except FileNotFoundError as error:
         raise UserError(f"no scholar at {path}: train one first, with --train and the same flags") from error
     except OSError as error:
@@ -299,5 +299,7 @@ def restore_scholar(path: Path, scholar: dgr.Scholar, checkpoint: dict[str, Any]
     """Give a scholar the weights of a checkpoint."""
     try:
         scholar.load_state_dict(checkpoint["scholar"])
+    except MemoryError:
+        raise
     except Exception as error:
         raise UserError(f"{path} does not fit the flags: {reason(error)[:200]}") from error

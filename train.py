@@ -235,7 +235,7 @@ def optimisers_of(scholar: dgr.Scholar) -> dict[str, Any]:
         f"{name}.{attribute}": value
         for name, module in scholar.named_modules()
         for attribute, value in vars(module).items()
-        if hasattr(value, "load_state_dict")
+        if isinstance(value, torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler)
     }
 
 

@@ -126,14 +126,15 @@ def atomic_write(path: Path, mode: str = "w", keep_as: Path | None = None) -> It
 
 def not_writable(directory: Path) -> str | None:
     """Why no file can be made in a directory, which need not exist yet; None if nothing speaks against it."""
+    existing = directory
     try:
-        existing = next(path for path in (directory, *directory.parents) if path.exists())
+        existing = next((path for path in (directory, *directory.parents) if path.exists()), directory)
         if not existing.is_dir():
             return f"{existing} is not a directory"
         with tempfile.TemporaryFile(dir=existing):
             return None
     except OSError as error:
-        return f"{str(directory)[:200]} is not writable ({reason(error)})"
+        return f"{str(existing)[:200]} is not writable ({reason(error)})"
 
 
 def set_aside(paths: Sequence[Path]) -> list[tuple[Path, Path]]:

@@ -93,32 +93,46 @@ class Progress(Observer):
     def __init__(self, tasks: int):
         self._tasks = tasks
         self._values: dict[str, float] = {}
-        self._bar = tqdm(disable=True)  # shows nothing, as all do where there is no terminal
+        self._bar: tqdm | None = None
 
     def begin(self, phase: str, task: int, iterations: int) -> None:
         self._title = f"task {task}/{self._tasks} {phase}"
-        self._bar = tqdm(total=iterations, desc=self._title, dynamic_ncols=True, disable=not sys.stderr.isatty())
-        self._values, self._done, self._started = {}, 0, time.monotonic()  # of this process
+        self._iterations = iterations
+        self._values = {}
+        self._first: int | None = None  # iteration that this process has seen
+        self._started = time.monotonic()
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=iterations, desc=self._title, file=sys.stderr, dynamic_ncols=True)
 
     def step(self, iteration: int) -> None:
-        if self._done == 0:
-            self._bar.initial = self._bar.n = iteration - 1  # of a resumed phase, for the rate
-        self._done += 1
-        self._bar.update()
+        if self._first is None:
+            self._first = iteration
+            if self._bar is not None:
+                # Of a resumed phase: the rate is of what is done here.
+                self._bar.initial = self._bar.n = self._bar.last_print_n = iteration - 1
+        if self._bar is not None:
+            self._bar.update(iteration - self._bar.n)
 
     def scalars(self, phase: str, task: int, iteration: int, values: dict[str, float]) -> None:
         self._values |= values
-        self._bar.set_postfix_str(", ".join(f"{name} {x:.3f}" for name, x in self._values.items()), refresh=False)
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._summary(), refresh=False)
 
     def end(self, phase: str, task: int) -> None:
-        if self._bar.disable:
-            took = f"{self._done} iterations in {time.monotonic() - self._started:.0f} s"
-            with contextlib.suppress(OSError):  # a terminal that has gone ends no run
-                print(f"{self._title}: {took}, {self._bar.postfix}", file=sys.stderr)
-        self._bar.close()
+        if self._bar is not None:
+            self.close()
+            return
+        seconds, done = time.monotonic() - self._started, self._iterations - (self._first or 1) + 1
+        with contextlib.suppress(OSError):  # a terminal that has gone ends no run
+            print(f"{self._title}: {done} iterations in {seconds:.0f} s, {self._summary()}", file=sys.stderr)
 
     def close(self) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _summary(self) -> str:
+        return ", ".join(f"{name} {value:.3f}" for name, value in self._values.items())
 
 
 # ------------------------------------------------------------------------------------------------ sample grids

@@ -126,6 +126,13 @@ def test_a_run_with_other_flags_is_set_aside(full, copy_of_finished, small_mnist
     assert rates == [2e-3, 1e-3]
 
 
+def test_results_shown_are_of_the_flags_asked_for(full, copy_of_finished, small_mnist, monkeypatch, capsys):
+    monkeypatch.chdir(copy_of_finished)
+    for flags, shown in ([[], True], [["--lr=2e-3"], False]):
+        full.show("noise-replay", full.jobs_of("noise-replay", None, [*TINY, *flags]), copy_of_finished)
+        assert ("| noise-replay |" in capsys.readouterr().out) == shown
+
+
 def aside(directory):
     return directory.with_name(f"{directory.name}~1")
 

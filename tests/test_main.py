@@ -220,7 +220,7 @@ def test_a_mode_of_ones_own_that_draws_from_the_generator_has_it_trained(monkeyp
 
 
 def test_a_run_may_be_older_than_an_option():
-    assert main.differences({"lr": 1e-4}, {"lr": 1e-4, "temperature": None}, ["lr", "temperature"]) == ""
+    assert main.differences({"lr": 1e-4}, {"lr": 1e-4, "solver": "cnn"}, ["lr", "solver"]) == ""
     assert main.differences({}, {"lr": 0.1}, ["lr"]) == "--lr 0.0001, not 0.1"
 
 

@@ -72,7 +72,6 @@ def live_plots(port: int) -> visual.LivePlots:
 
 def tell_two_tasks(plots: visual.LivePlots) -> None:
     for task in (1, 2):
-        plots.begin("solver", task, 6)
         for iteration in (3, 6):
             values = {f"precision-{old}": old / 10 + iteration / 100 for old in range(1, task + 1)}
             plots.scalars("solver", task, iteration, {"loss": 1.0} | values)
@@ -118,7 +117,6 @@ def test_windows_have_axes_and_the_colours_and_beginnings_of_tasks():
     plots = live_plots(server.port)
     wait_for(lambda: any(post.get("win") == "precision" for _, post in server.posts))
     tell_two_tasks(plots)
-    plots.begin("generator", 1, 20)
     plots.scalars("generator", 1, 15, {"critic-loss": 2.0})
     plots.close()
     first = next(post for path, post in server.posts if post.get("layout"))
@@ -192,7 +190,6 @@ def test_plots_go_on_complete_after_a_server_came_back(capsys, monkeypatch):
     server = PlotServer()
     plots = live_plots(server.port)
     plots.scalars("generator", 1, 3, {"critic-loss": 0.5})
-    plots.begin("solver", 1, 6)
     plots.scalars("solver", 1, 3, {"precision-1": 0.5})
     for window in ("precision", "generator critic-loss"):
         wait_for(lambda window=window: any(post.get("win") == window for _, post in server.posts))
