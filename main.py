@@ -213,7 +213,7 @@ def make_parser() -> utils.Parser:
     add(group, "--sample-dir", Path("./samples"), "sample grids: PATH/NAME-sample.jpg", Path)
 
     group = parser.add_argument_group("machine and live plots")
-    meaning = "what networks compute in; auto: bf16 where that is faster (GPUs, CPUs with AMX), else fp32"
+    meaning = "what networks compute in; auto: bf16 where faster (GPUs, CPUs with AMX, AMD with AVX512-BF16), else fp32"
     add(group, "--precision", "auto", meaning, choices=["auto", "fp32", "tf32", "bf16"])
     meaning = "launch every update as one CUDA graph, instead of kernel by kernel (needs a GPU)"
     switch(group, "--cuda-graphs", meaning)

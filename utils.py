@@ -215,6 +215,17 @@ def choose_device(*, gpus: bool = True) -> torch.device:
     return torch.device("cuda" if gpus and torch.cuda.is_available() else "cpu")
 
 
+def cpu_is_faster_in_bf16() -> bool:
+    """Whether it has AMX, or is AMD's and has AVX512-BF16. Intel's with that alone was slower: benchmarks/README.md.
+
+    Known by its kind instead of measured anew: on one machine, a seed comes to the same results every time.
+    """
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in every version that is supported
+    amd = capabilities.get("cpu_name", "").startswith("AMD")
+    return amx or (amd and capabilities.get("avx512_bf16", False))
+
+
 def choose_precision(precision: str, device: torch.device) -> torch.dtype | None:
     """What networks compute in: bfloat16, or None for float32 (of a GPU perhaps tf32, which is set here).
 
@@ -223,8 +234,8 @@ def choose_precision(precision: str, device: torch.device) -> torch.dtype | None
     if precision == "auto":
         if device.type == "cuda":
             faster = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:  # AMX multiplies bf16 several times as fast as float32; AVX512-BF16 alone was measured slower than that
-            faster = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+        else:
+            faster = cpu_is_faster_in_bf16()
         precision = "bf16" if faster else "fp32"
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
