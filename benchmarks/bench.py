@@ -268,6 +268,15 @@ def measure(options: argparse.Namespace, repetitions: int) -> list[dict[str, Any
     peak = peak_memory(device)
 
     flops_limit, bytes_limit = peak_rates(clock, dtype)
+    circumstances = {
+        "repetitions": repetitions,
+        "compute_dtype": str(dtype or torch.float32),
+        "torch": torch.__version__,
+        "commit": utils.commit(),
+        "limit_gflop_per_s": flops_limit / 1e9,
+        "limit_gb_per_s": bytes_limit / 1e9,
+        "peak_memory_mib": peak / 2**20,
+    }
     table = []
     for name, (our_seconds, plain_seconds) in seconds.items():
         if name == "batch":  # reads uint8 pixels, writes them as uint8 and float32, and reads the first again
@@ -283,7 +292,7 @@ def measure(options: argparse.Namespace, repetitions: int) -> list[dict[str, Any
             "ratio": plain_seconds / our_seconds,
             "limit_share": share,
         }
-        table.append(row)
+        table.append(row | circumstances)
         print(
             f"{name:<24} {1 / our_seconds:>9.1f} /s {row['ours_ms']:>10.3f} ms {row['plain_ms']:>10.3f} ms "
             f"{row['ratio']:>7.1f} x {row['limit_share']:>7.1%} of the limit"
