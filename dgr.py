@@ -110,13 +110,13 @@ class Solver(nn.Module):
 
     def answer(self, x: Tensor) -> Tensor:
         """S(x): the class with the highest score, (n,) int64."""
-        with answering(self.net):
-            return self.net(x).argmax(dim=1)
+        with answering(self):
+            return self(x).argmax(dim=1)
 
     def answer_softly(self, x: Tensor, temperature: float) -> Tensor:
         """softmax(scores / temperature): class probabilities (n, classes), the more even the higher the temperature."""
-        with answering(self.net):
-            return (self.net(x) / temperature).softmax(dim=1)
+        with answering(self):
+            return (self(x) / temperature).softmax(dim=1)
 
     def update(self, loss: Callable[[Pairs, Pairs], Tensor], current: Pairs, replayed: Pairs) -> dict[str, Tensor]:
         """One step down the gradient of loss(current, replayed), equation 1. Returns {"loss": its value}, detached."""
@@ -124,7 +124,8 @@ class Solver(nn.Module):
 
     def remember(self) -> "Solver":
         """A frozen copy that answers and never learns."""
-        return Solver(frozen(self.net))
+        net = frozen(self.net)
+        return Solver(net).train(net.training)
 
 
 class Scholar(nn.Module):

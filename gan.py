@@ -37,7 +37,7 @@ class Network(nn.Sequential):
         layers: list[nn.Module] = []
         for layer in copy.deepcopy(self).eval().requires_grad_(False):
             fixed = isinstance(layer, nn.BatchNorm2d) and layer.track_running_stats
-            if fixed and layers and isinstance(layers[-1], nn.Conv2d | nn.ConvTranspose2d):
+            if fixed and layers and can_be_scaled(layers[-1]):
                 transpose = isinstance(layers[-1], nn.ConvTranspose2d)
                 layers[-1] = fuse_conv_bn_eval(layers[-1], layer, transpose=transpose)
             else:
@@ -47,10 +47,17 @@ class Network(nn.Sequential):
         return network
 
 
-class Convolution(nn.Conv2d):
-    """A square convolution; on the CPU, a product of two matrices where it has at least as many channels as places.
+def can_be_scaled(layer: nn.Module) -> bool:
+    """Whether it is a convolution with a weight of its own, not one that is computed anew each time (spectral norm)."""
+    plain = isinstance(layer, nn.Conv2d) or (isinstance(layer, nn.ConvTranspose2d) and layer.groups == 1)
+    return plain and "weight" in dict(layer.named_parameters(recurse=False))
 
-    There, PyTorch's own spends most of its time on laying out weights and their gradients.
+
+class Convolution(nn.Conv2d):
+    """A square convolution, neither grouped nor dilated, padded with zeros.
+
+    On the CPU, it is a product of two matrices where it has at least as many channels as places: there, PyTorch's own
+    spends most of its time on laying out weights and their gradients.
     """
 
     def forward(self, x: Tensor) -> Tensor:

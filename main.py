@@ -73,36 +73,26 @@ ARCHITECTURE = [
 # ----------------------------------------------------------------------------------------------------- options
 
 
-def integer(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if not low <= value <= high:
-            limit = f"from {low} to {high}" if high < 2**31 - 1 else f"of at least {low}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {limit}")
-        return value
-
-    return parse
-
-
 def number(
-    low: float, high: float = math.inf, *, without_low: bool = False, without_high: bool = False
-) -> Callable[[str], float]:
-    def parse(text: str) -> float:
+    low: float, high: float = 2**31 - 1, *, kind: type = float, above: bool = False, below: bool = False
+) -> Callable[[str], Any]:
+    """Reads a number from low (or above it) to high (or below it)."""
+
+    def parse(text: str) -> Any:
         try:
-            value = float(text)
+            value = kind(text)
         except ValueError:
             value = math.nan
-        inside = low <= value <= high and not (without_low and value == low) and not (without_high and value == high)
-        if not inside or math.isinf(value):
-            low_words = f"above {low:g}" if without_low else f"of at least {low:g}"
-            high_words = "" if math.isinf(high) else f" and {'below' if without_high else 'at most'} {high:g}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number {low_words}{high_words}")
+        if not ((low < value if above else low <= value) and (value < high if below else value <= high)):
+            limits = f"{'above' if above else 'of at least'} {low:g}"
+            limits += f" and {'below' if below else 'at most'} {high:g}" if high < 2**31 - 1 else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number {limits}")
         return value
 
     return parse
+
+
+integer = partial(number, kind=int)
 
 
 def importance(text: str) -> float | str:
@@ -183,9 +173,9 @@ def make_parser() -> utils.Parser:
     add(group, "--solver-iterations", 1000, "iterations for each task", integer(1))
 
     group = parser.add_argument_group("optimisation (Adam, all networks)")
-    add(group, "--lr", 1e-4, "learning rate", number(0, without_low=True))
-    add(group, "--beta1", 0.5, "decay of the gradient's mean", number(0, 1, without_high=True))
-    add(group, "--beta2", 0.9, "decay of the squared gradient's mean", number(0, 1, without_high=True))
+    add(group, "--lr", 1e-4, "learning rate", number(0, above=True))
+    add(group, "--beta1", 0.5, "decay of the gradient's mean", number(0, 1, below=True))
+    add(group, "--beta2", 0.9, "decay of the squared gradient's mean", number(0, 1, below=True))
     add(group, "--weight-decay", 1e-5, "L2 penalty on weights", number(0))
     add(group, "--batch-size", 32, "images of a batch; the solver sees as many replayed ones", integer(1))
 
@@ -247,7 +237,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         if problem := utils.not_writable(getattr(options, directory)):
             parser.error(f"argument {flag(directory)}: {problem}")
     for directory, other in itertools.combinations(written, 2):
-        if getattr(options, directory).resolve() == getattr(options, other).resolve():
+        if os.path.realpath(getattr(options, directory)) == os.path.realpath(getattr(options, other)):
             parser.error(
                 f"argument {flag(other)}: it is {flag(directory)} too, and a run has files of one name in both: give "
                 "another"
@@ -307,9 +297,9 @@ def check_replay(parser: utils.Parser, options: argparse.Namespace) -> None:
 def default_targets(options: argparse.Namespace) -> str:
     """The mode's first kind; with --quick soft instead of hard ones, which say more about poor samples."""
     kinds = dgr.REPLAY_MODES[options.replay_mode].target_kinds
-    if not kinds:
-        return "hard"
-    return "soft" if options.quick and kinds[0] == "hard" else kinds[0]
+    if options.quick and kinds[:1] == ("hard",) and "soft" in kinds:
+        return "soft"
+    return kinds[0] if kinds else "hard"
 
 
 def run_name(options: argparse.Namespace) -> str:

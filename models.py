@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import dgr
 import gan
-from utils import Captured, UserError, atomic_write, reason
+from utils import Captured, UserError, atomic_write, reading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,11 +239,12 @@ def make_scholar(
     for module in scholar.modules():
         if isinstance(module, gan.Network):
             module.compute_dtype = compute_dtype
+            module.to(memory_format=torch.channels_last)  # the convolutions' faster layout
     if options.cuda_graphs:
         for part in (scholar.generator, scholar.solver):
             for name in getattr(part, "functions_of_tensors", ()):
                 setattr(part, name, Captured(getattr(part, name)))
-    return scholar.to(memory_format=torch.channels_last)  # the convolutions' faster layout
+    return scholar
 
 
 # ------------------------------------------------------------------------------------------------- checkpoints
@@ -273,23 +274,15 @@ def previous(path: Path) -> Path:
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint, on the CPU, without executing anything in it."""
-    try:
+    if not path.exists():
+        raise UserError(f"no scholar at {path}: train one first, with --train and the same flags")
+    with reading(path, f"{path} is damaged or not a checkpoint of this program; only --train can make it again"):
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(damaged)
         with warnings.catch_warnings(action="ignore"):  # torch's remarks on files of other programs
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = int(checkpoint["format"])
-    except FileNotFoundError as error:
-        raise UserError(f"no scholar at {path}: train one first, with --train and the same flags") from error
-    except OSError as error:
-        raise UserError(f"{path}: {reason(error)}") from error
-    except MemoryError:
-        raise
-    except Exception as error:  # Reading fails in many ways on a file of another program.
-        raise UserError(
-            f"{path} is damaged or not a checkpoint of this program; only --train can make it again"
-        ) from error
     if found != CHECKPOINT_FORMAT:
         raise UserError(f"{path}: format {found} is not this program's ({CHECKPOINT_FORMAT})")
     return checkpoint
@@ -297,9 +290,5 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def restore_scholar(path: Path, scholar: dgr.Scholar, checkpoint: dict[str, Any]) -> None:
     """Give a scholar the weights of a checkpoint."""
-    try:
+    with reading(path, f"{path} does not fit the flags"):
         scholar.load_state_dict(checkpoint["scholar"])
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise UserError(f"{path} does not fit the flags: {reason(error)[:200]}") from error

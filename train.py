@@ -104,7 +104,7 @@ class Training:
             self.replay = self._old_scholar_as_replay()
             if schedule.chain:
                 self.scholar = self.new_scholar()
-        if schedule.chain and self.replay:
+        if schedule.chain and self.replay is not None:
             current, replay, r = self.replay, None, 1.0
         else:
             r = dgr.importance_of_new_task(schedule.importance_of_new_task, self.task)
@@ -148,7 +148,7 @@ class Training:
         if self.done[phase] == iterations:
             return
         for observer in self.observers:
-            observer.begin(phase, self.task, iterations)
+            observer.begin(phase, self.task, iterations, self.done[phase])
         for iteration, losses in enumerate(learning, start=self.done[phase] + 1):
             for observer in self.observers:
                 observer.step(iteration)
@@ -209,7 +209,7 @@ class Training:
             "matrix": self.matrix,
             "scholar": self.scholar.state_dict(),
             "optimisers": {name: optimiser.state_dict() for name, optimiser in optimisers_of(self.scholar).items()},
-            "replay": self.replay.state_dict() if self.replay else None,
+            "replay": None if self.replay is None else self.replay.state_dict(),
             "random": torch.get_rng_state(),
             "random_of_gpu": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         }

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import errno
 import fcntl
 import gc
 import os
@@ -12,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -26,6 +26,9 @@ FREE_TO_CHANGE = {
     *("data_dir", "unverified_data", "result_dir", "checkpoint_dir", "sample_dir"),
     *("visdom_server", "visdom_port", "no_visdom", "tensorboard"),
 }
+
+# Environment variable with the commit of a copy of this program that lies outside git.
+COMMIT = "DGR_COMMIT"
 
 
 class Parser(argparse.ArgumentParser):
@@ -107,21 +110,34 @@ def atomic_write(path: Path, mode: str = "w", keep_as: Path | None = None) -> It
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     try:
-        try:
-            with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            error.filename = error.filename or str(path)  # a write does not know what it writes to
-            raise
+        with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         if keep_as is not None and path.exists():
             os.replace(path, keep_as)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)  # a write does not know what it writes to
         raise
+
+
+@contextlib.contextmanager
+def reading(path: Path, wrong: str) -> Iterator[None]:
+    """Make a UserError of what goes wrong while a file is read, but of a lack of memory; `wrong`: of what it holds."""
+    try:
+        yield
+    except (MemoryError, UserError):
+        raise
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: {reason(error)}") from error
+    except Exception as error:  # readers fail in many ways on a file that is not what it says
+        if isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)):
+            raise
+        raise UserError(f"{wrong}: {reason(error)[:200]}") from error
 
 
 def not_writable(directory: Path) -> str | None:
@@ -163,17 +179,9 @@ def locked(path: Path) -> Iterator[None]:
     """Hold a lock file beside a path, which the operating system frees whatever becomes of this process."""
     path = path.with_name(f".{path.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
-    try:
+    with path.open("a") as file:  # for writing: NFS locks no other
         try:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno != errno.EBADF:
-                    raise
-                os.close(file)  # NFS locks no file that is open for reading alone
-                file = os.open(path, os.O_RDWR)
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
                 f"another run of this name is under way ({path} is locked): wait for it, or give other directories"
@@ -181,8 +189,6 @@ def locked(path: Path) -> Iterator[None]:
         except OSError as error:  # a file system without locks
             warn(f"{path} can't be locked ({reason(error)}): start no other run of this name before this one ends")
         yield
-    finally:
-        os.close(file)
 
 
 @contextlib.contextmanager
@@ -279,7 +285,8 @@ class Captured:
     def _aside(self, work: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Work in the stream that will be recorded."""
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*capturable=True")  # an optimiser's, of steps that are not recorded
             values = work()
         torch.cuda.current_stream().wait_stream(self._stream)
         return values
@@ -312,6 +319,8 @@ def device_name(device: torch.device) -> str:
 
 def commit() -> str | None:
     """The commit this program was started from, "-dirty" appended if files were changed since; None outside git."""
+    if COMMIT in os.environ:
+        return os.environ[COMMIT] or None
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty"]
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()

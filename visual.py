@@ -65,7 +65,7 @@ class Observer:
 
     image_interval: int | None = None  # generator iterations between calls of `images`; None: never
 
-    def begin(self, phase: str, task: int, iterations: int) -> None:
+    def begin(self, phase: str, task: int, iterations: int, done: int) -> None:
         """A phase ("generator" or "solver") of a task begins."""
 
     def step(self, iteration: int) -> None:
@@ -95,23 +95,16 @@ class Progress(Observer):
         self._values: dict[str, float] = {}
         self._bar: tqdm | None = None
 
-    def begin(self, phase: str, task: int, iterations: int) -> None:
-        self._title = f"task {task}/{self._tasks} {phase}"
-        self._iterations = iterations
-        self._values = {}
-        self._first: int | None = None  # iteration that this process has seen
-        self._started = time.monotonic()
+    def begin(self, phase: str, task: int, iterations: int, done: int) -> None:
+        self._title, self._left = f"task {task}/{self._tasks} {phase}", iterations - done
+        self._values, self._started = {}, time.monotonic()
         if sys.stderr.isatty():
-            self._bar = tqdm(total=iterations, desc=self._title, file=sys.stderr, dynamic_ncols=True)
+            bar = {"desc": self._title, "file": sys.stderr, "dynamic_ncols": True}
+            self._bar = tqdm(total=iterations, initial=done, **bar)  # whose rate is of what is done here
 
     def step(self, iteration: int) -> None:
-        if self._first is None:
-            self._first = iteration
-            if self._bar is not None:
-                # Of a resumed phase: the rate is of what is done here.
-                self._bar.initial = self._bar.n = self._bar.last_print_n = iteration - 1
         if self._bar is not None:
-            self._bar.update(iteration - self._bar.n)
+            self._bar.update()
 
     def scalars(self, phase: str, task: int, iteration: int, values: dict[str, float]) -> None:
         self._values |= values
@@ -122,9 +115,9 @@ class Progress(Observer):
         if self._bar is not None:
             self.close()
             return
-        seconds, done = time.monotonic() - self._started, self._iterations - (self._first or 1) + 1
+        seconds = time.monotonic() - self._started
         with contextlib.suppress(OSError):  # a terminal that has gone ends no run
-            print(f"{self._title}: {done} iterations in {seconds:.0f} s, {self._summary()}", file=sys.stderr)
+            print(f"{self._title}: {self._left} iterations in {seconds:.0f} s, {self._summary()}", file=sys.stderr)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -549,7 +542,9 @@ def directories_with_config(path: Path) -> Iterator[Path]:
 
 
 def find_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs in these directories and below, in the order of the paper; not those that a later run set aside.
+    """The runs in these directories and below, in the order of the paper, of one name the finished ones first.
+
+    Those that a later run set aside are not among them.
 
     What is below a directory and can't be read is left out with a warning.
     """
@@ -565,9 +560,11 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
         newest = [run for run in found if not run.directory.name.startswith(f"{run.name}~")]
         runs |= {run.directory.resolve(): run for run in newest or found[:1]}
     place = {name: number for number, name in enumerate([*EXPERIMENTS, *MODES])}
-    return sorted(
-        runs.values(), key=lambda run: (place.get(run.experiment, 99), place.get(run.replay_mode, 99), run.name)
-    )
+
+    def order(run: Run) -> tuple:
+        return place.get(run.experiment, 99), place.get(run.replay_mode, 99), run.name, run.summary is None
+
+    return sorted(runs.values(), key=order)
 
 
 class Arm:
@@ -596,17 +593,16 @@ class Arm:
 
 
 def arms_of(runs: Sequence[Run]) -> dict[str, list[Arm]]:
-    """The arms of each experiment. Of two runs that are the same, seed included, the first finished one counts."""
+    """The arms of each experiment. Of two runs that are the same, seed included, the first one counts."""
     same: dict[str, dict[int, Run]] = {}
-    for run in sorted(runs, key=lambda run: not run.summary):
+    for run in runs:
         learned = json.dumps([run.learned_with, run.config["data"]["checksums"]], sort_keys=True)
         alike = same.setdefault(learned, {})
         if alike.setdefault(run.seed, run) is not run:
             warn(f"{run.directory} is left out: it is the same run as {alike[run.seed].directory}")
     experiments: dict[str, list[Arm]] = {}
-    place = {run.directory: number for number, run in enumerate(runs)}
-    together = [sorted(by_seed.values(), key=lambda run: place[run.directory]) for by_seed in same.values()]
-    for arm in map(Arm, sorted(together, key=lambda alike: place[alike[0].directory])):
+    for alike in same.values():
+        arm = Arm(list(alike.values()))
         experiments.setdefault(arm.first.experiment, []).append(arm)
     for arms in experiments.values():
         label(arms)
@@ -825,14 +821,14 @@ def save_figures(runs: Sequence[Run], directory: Path) -> dict[str, list[Path]]:
     """All figures of each experiment, as <experiment>-<kind>.png and .svg and <experiment>.gif; returns paths."""
     made: dict[str, list[Path]] = {}
     for experiment, arms in arms_of(runs).items():
-        stem = directory / experiment
+        made[experiment] = []
         for kind, draw in FIGURES.items():
             if (figure := draw(arms)) is not None:
                 for suffix in (".png", ".svg") if kind != "samples" else (".png",):
-                    write_figure(figure, stem.with_name(f"{experiment}-{kind}{suffix}"))
-                made.setdefault(experiment, []).append(stem.with_name(f"{experiment}-{kind}.png"))
-        if save_animation(arms, stem.with_name(f"{experiment}.gif")):
-            made[experiment].append(stem.with_name(f"{experiment}.gif"))
+                    write_figure(figure, directory / f"{experiment}-{kind}{suffix}")
+                made[experiment].append(directory / f"{experiment}-{kind}.png")
+        if save_animation(arms, directory / f"{experiment}.gif"):
+            made[experiment].append(directory / f"{experiment}.gif")
     return made
 
 

@@ -6,9 +6,11 @@
 
 The plain way is how the method is usually written: float32, PIL transforms behind a DataLoader, a forward for each
 source of images, a gradient through the generator in the critic's updates, a replay draw for every update, testing in
-training-sized batches; on GPUs with what PyTorch does unasked, convolutions in TF32. Both ways take turns, and the
-table has medians. `limit` is the share of what the device could do: of the floating-point rate of a large matrix
-product in the precision of ours, for `batch` of the rate of a large copy, both measured in the same run.
+training-sized batches; on GPUs with what PyTorch does unasked, convolutions in TF32. In generator-update-replay the
+plain way learns from a whole batch of each source, as is usual, where ours learns from one batch that is the mix;
+generator-update-mixed is beside a plain way that mixes too. Both ways take turns, and the table has medians. `limit`
+is the share of what the device could do: of the floating-point rate of a large matrix product in the precision of ours,
+for `batch` of the rate of a large copy, both measured in the same run.
 """
 
 import argparse
@@ -85,8 +87,9 @@ def make_plain(scholar: dgr.Scholar, options: models.ScholarOptions) -> dgr.Scho
 
 
 def plain_batches(images: PlainImages, options: argparse.Namespace, device: torch.device) -> Iterator[dgr.Pairs]:
+    loading = {"num_workers": 1, "pin_memory": True} if device.type == "cuda" else {}
     while True:
-        for x, y in DataLoader(images, options.batch_size, shuffle=True, drop_last=True):
+        for x, y in DataLoader(images, options.batch_size, shuffle=True, drop_last=True, **loading):
             yield x.to(device), y.to(device)
 
 
@@ -108,12 +111,17 @@ def plain_critic_loss(critic: Any, real: Tensor, fake: Tensor, penalty_weight: f
     return critic(fake).mean() - critic(real).mean() + penalty_weight * penalty
 
 
-def plain_generator_update(wgan: models.WGAN, batches: Iterator[dgr.Pairs], old: dgr.Scholar | None) -> None:
+def plain_generator_update(
+    wgan: models.WGAN, batches: Iterator[dgr.Pairs], old: dgr.Scholar | None, *, mixed: bool = False
+) -> None:
     for _ in range(wgan.critic_updates):
         x, _ = next(batches)
+        if mixed:
+            current = int((torch.rand(len(x)) < R).sum())
+            x = torch.cat([x[:current], plain_inputs(old, len(x) - current)])
         fake = wgan.net(wgan.noise(len(x)))
         loss = plain_critic_loss(wgan.critic, x, fake, wgan.penalty_weight)
-        if old is not None:
+        if old is not None and not mixed:
             x_replayed = plain_inputs(old, len(x))
             fake = wgan.net(wgan.noise(len(x)))
             replayed = plain_critic_loss(wgan.critic, x_replayed, fake, wgan.penalty_weight)
@@ -230,6 +238,7 @@ def measure(options: argparse.Namespace, repetitions: int) -> list[dict[str, Any
         return {
             "generator-update": partial(next, dgr.learn_generator(ours.generator, split, None, r=1.0, **how)),
             "generator-update-replay": partial(next, dgr.learn_generator(ours.generator, split, replay(), r=R, **how)),
+            "generator-update-mixed": partial(next, dgr.learn_generator(ours.generator, split, replay(), r=R, **how)),
             "solver-update": partial(next, dgr.learn_solver(ours.solver, split, None, r=1.0, **how)),
             "solver-update-replay": partial(next, dgr.learn_solver(ours.solver, split, replay(), r=R, **how)),
             "replay-sampling": lambda: drawn.sample(options.batch_size),
@@ -246,15 +255,19 @@ def measure(options: argparse.Namespace, repetitions: int) -> list[dict[str, Any
     plain_ways: dict[str, Callable[[], Any]] = {
         "generator-update": lambda: plain_generator_update(plain.generator, batches, None),
         "generator-update-replay": lambda: plain_generator_update(plain.generator, batches, old),
+        "generator-update-mixed": lambda: plain_generator_update(plain.generator, batches, old, mixed=True),
         "solver-update": lambda: plain_solver_update(plain.solver, batches, None),
         "solver-update-replay": lambda: plain_solver_update(plain.solver, batches, old),
         "replay-sampling": lambda: plain_replay(old, options.batch_size),
         "batch": lambda: next(batches),
         "testing": lambda: plain_testing(old.solver, plain_test, options, device),
     }
-    # So many calls that blocks of replayed pairs are drawn about as often as they are used up.
+    # So many calls that blocks of replayed pairs are drawn about as often as they are used up: a generator update takes
+    # half a batch for each of its critic updates.
     a_block = 8 * -(-block // (8 * options.batch_size))
-    calls = {"generator-update": 2, "generator-update-replay": a_block // 2, "solver-update": 4}
+    updates = max(4, 2 * block // options.batch_size) if device.type == "cuda" else a_block // 2
+    calls = {"generator-update": 2, "generator-update-replay": updates, "generator-update-mixed": updates}
+    calls |= {"solver-update": 4}
     calls |= {"solver-update-replay": a_block, "replay-sampling": a_block, "batch": 200, "testing": 1}
     warm_up = utils.Captured.warm_up + 1 if scholar_options.cuda_graphs else 1
     seconds = {}

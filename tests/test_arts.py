@@ -62,7 +62,8 @@ def test_benchmark_has_its_rows(tmp_path):
     process = call("benchmarks/bench.py", *TINY, "--repetitions=1", "--output=bench.json", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     rows = json.loads((tmp_path / "bench.json").read_text())
-    names = ["generator-update", "generator-update-replay", "solver-update", "solver-update-replay"]
+    names = [f"generator-update{kind}" for kind in ("", "-replay", "-mixed")]
+    names += ["solver-update", "solver-update-replay"]
     assert [row["name"] for row in rows] == [*names, "replay-sampling", "batch", "testing"]
     for row in rows:
         assert set(row) == {"name", "device", "ours_ms", "plain_ms", "ratio", "limit_share"}

@@ -80,6 +80,34 @@ def test_samples_from_given_noise_leave_the_random_stream_as_it_was():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_solver_answers_by_its_own_forward():
+    class Negative(dgr.Solver):
+        def forward(self, x):
+            return -self.net(x)
+
+    solver = Negative(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)))
+    x = torch.randn(5, 1, 2, 2)
+    scores = solver(x)
+    assert torch.equal(solver.answer(x), scores.argmax(dim=1))
+    torch.testing.assert_close(solver.answer_softly(x, 2.0), (scores / 2).softmax(dim=1))
+
+
+def test_a_network_of_ones_own_keeps_its_layout(monkeypatch):
+    """In channels-last layout, `view` would fail behind a convolution."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution, self.linear = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8 * 32 * 32, 10)
+
+        def forward(self, x):
+            return self.linear(self.convolution(x).view(len(x), -1))
+
+    monkeypatch.setitem(models.SOLVERS, "own", lambda _channels, _classes, options: models.Classifier(Net(), options))
+    solver = models.make_scholar(3, 10, replace(SMALL, solver="own")).solver
+    assert solver.answer(torch.rand(4, 3, 32, 32)).shape == (4,)
+
+
 def test_old_scholar_is_generator_and_solver_alone():
     """No critic, no optimiser, no gradients, evaluation mode."""
     scholar = small_scholar()

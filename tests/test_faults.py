@@ -77,8 +77,8 @@ def test_disk_that_turns_read_only(tmp_path, small_mnist):
     process = in_namespace(
         tmp_path,
         "mount -t tmpfs tmpfs $disk; run & until [ -e $disk/checkpoints/*.unfinished ]; do sleep 0.01; done; "
-        "until mount -o remount,ro $disk 2>/dev/null; do :; done; wait $!; echo status $?; "
-        "mount -o remount,rw $disk; run --resume; echo status $?",
+        "mount --bind $disk $disk; mount -o remount,bind,ro $disk; wait $!; echo status $?; "
+        "umount $disk; run --resume; echo status $?",
         *on_disk(tmp_path, small_mnist),
         "--generator-iterations=100",
     )

@@ -16,6 +16,7 @@ from conftest import ROOT, TINY, assert_one_line_error
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+import dgr
 import main
 import utils
 
@@ -115,6 +116,17 @@ def test_a_cpu_computes_in_bf16_where_that_is_faster(monkeypatch, amx, name, dty
     assert utils.choose_precision("bf16", torch.device("cpu")) is torch.bfloat16
     capabilities["avx512_bf16"] = False  # AMD's before Zen 4
     assert utils.choose_precision("auto", torch.device("cpu")) is (torch.bfloat16 if amx else None)
+
+
+def test_quick_gives_soft_targets_only_to_a_mode_that_has_them(monkeypatch, tmp_path):
+    class Hard(dgr.GenerativeReplay):
+        target_kinds = ("hard",)
+
+    monkeypatch.setitem(dgr.REPLAY_MODES, "hard-replay", Hard)
+    monkeypatch.chdir(tmp_path)
+    quick = ["--train", "--quick"]
+    assert main.parse(quick).replay_targets == "soft"
+    assert main.parse([*quick, "--replay-mode=hard-replay"]).replay_targets == "hard"
 
 
 def test_hostile_names_stay_in_their_directories(tmp_path, small_mnist):

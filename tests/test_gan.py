@@ -7,6 +7,7 @@ import reference
 import torch
 from conftest import SMALL
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 import gan
 import models
@@ -77,8 +78,10 @@ class Doubling(gan.Network):
         Doubling(gan.Convolution(3, 4, 3), nn.BatchNorm2d(4)),
         gan.Network(nn.BatchNorm2d(3), gan.Convolution(3, 4, 3)),
         gan.Network(gan.Convolution(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)),
+        gan.Network(spectral_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)),
+        gan.Network(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 6, 3, groups=2), nn.BatchNorm2d(6)),
     ],
-    ids=["more than a chain", "normalises its input", "no running statistics"],
+    ids=["more than a chain", "normalises its input", "no running statistics", "weights made anew", "grouped"],
 )
 def test_frozen_networks_of_ones_own_answer_as_they_do(network):
     x = torch.rand(5, 3, 8, 8)

@@ -184,7 +184,7 @@ def test_what_cannot_be_printed_is_one_line(copy_of_trained):
 
 def test_the_largest_sample_grid_is_one_that_can_be_kept(copy_of_trained):
     assert draw(copy_of_trained, "--sample-size=11000").returncode == 0
-    assert_one_line_error(draw(copy_of_trained, "--sample-size=11001"), 2, "--sample-size", "from 1 to 11000")
+    assert_one_line_error(draw(copy_of_trained, "--sample-size=11001"), 2, "--sample-size", "at most 11000")
 
 
 def test_closed_standard_output_is_no_error(tmp_path, small_mnist):
@@ -245,20 +245,11 @@ def test_a_vae_that_diverges_is_one_line(tmp_path, small_mnist):
 
 
 def test_files_are_locked_as_nfs_asks_for(tmp_path, small_mnist, monkeypatch):
-    """Open for writing; but only there, for it keeps other file systems from being made read-only."""
-
-    def flock(file, how):
-        mode = fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE
-        modes.append(mode)
-        if mode == os.O_RDONLY:
-            raise OSError(errno.EBADF, "Bad file descriptor")
-        locks(file, how)
-
-    modes, locks = [], fcntl.flock
-    monkeypatch.setattr(fcntl, "flock", flock)
-    process = train(tmp_path, small_mnist, "--replay-mode=none")
-    assert process.returncode == 0 and "can't be locked" not in process.stderr, process.stderr
-    assert modes == [os.O_RDONLY, os.O_RDWR] * 2  # of results and of checkpoints
+    """NFS locks only what is open for writing."""
+    modes = []
+    monkeypatch.setattr(fcntl, "flock", lambda file, _how: modes.append(fcntl.fcntl(file, fcntl.F_GETFL)))
+    assert train(tmp_path, small_mnist, "--replay-mode=none").returncode == 0
+    assert [mode & os.O_ACCMODE for mode in modes] == [os.O_WRONLY] * 2  # of results and of checkpoints
 
 
 def test_a_file_system_without_locks_is_a_warning(tmp_path, small_mnist, monkeypatch):
@@ -393,7 +384,7 @@ def test_malicious_checkpoint_is_not_executed(copy_of_trained):
         (["--train", "--replay-targets=soft", "--temperature=1e200"], ["--temperature", "at most 1000"]),
         (["--train", "--beta1=1"], ["--beta1", "below 1"]),
         (["--train", "--solver-channel-size=1001"], ["--solver-channel-size", "multiple of 8"]),
-        (["--train", "--solver-depth=1"], ["--solver-depth", "from 2"]),
+        (["--train", "--solver-depth=1"], ["--solver-depth", "of at least 2"]),
         (["--train", "--solver-depth=3", "--solver-reducing-layers=3"], ["--solver-reducing-layers", "2 convolutions"]),
         (["--train", "--cuda-graphs", "--no-gpus"], ["--cuda-graphs", "--no-gpus"]),
         (["--train", "--visdom-port=70000"], ["--visdom-port", "65535"]),
@@ -417,7 +408,7 @@ def test_malicious_checkpoint_is_not_executed(copy_of_trained):
         (["--train", "--temperature=2"], ["--temperature", "--replay-targets=soft"]),
         (["--train", "--replay-targets=soft", "--temperature=0"], ["--temperature", "at least 0.01"]),
         (["--train", "--experiment=mnist-chain", "--replay-mode=none"], ["--replay-mode", "replay alone"]),
-        (["--train", "--mnist-split-number=11"], ["--mnist-split-number", "from 1 to 10"]),
+        (["--train", "--mnist-split-number=11"], ["--mnist-split-number", "at least 1 and at most 10"]),
         (["--train", "--generator=gpt"], ["--generator", "wgan"]),
         (["--train", "--tasks", "absent.npz"], ["--tasks", "absent.npz"]),
         (["--train", "--tasks", "mnist", "imagenet"], ["--tasks", "imagenet", "fashion-mnist"]),

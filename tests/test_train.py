@@ -48,7 +48,7 @@ class Recorder(visual.Observer):
     def __init__(self):
         self.events = []
 
-    def begin(self, phase, task, iterations):
+    def begin(self, phase, task, iterations, done):
         self.events.append(("begin", phase, task, iterations))
 
     def scalars(self, phase, task, iteration, values):

@@ -590,7 +590,7 @@ def test_a_task_has_one_colour_and_seven_differ():
 
 
 def tell_a_phase(progress, first=1):
-    progress.begin("solver", 2, 3)
+    progress.begin("solver", 2, 3, first - 1)
     for iteration in range(first, 4):
         progress.step(iteration)
         progress.scalars("solver", 2, iteration, {"loss": 1 / iteration, "precision-1": 0.5})
