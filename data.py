@@ -103,6 +103,7 @@ class DataSet:
 
     sources: (name, function) pairs, tried in order; a function leaves the files anywhere below a directory.
     read: from a directory with the files to the training and the test arrays.
+    classes: labels are below it.
     """
 
     title: str

@@ -267,8 +267,13 @@ def measure(options: argparse.Namespace, repetitions: int) -> list[dict[str, Any
     a_block = 8 * -(-block // (8 * options.batch_size))
     updates = max(4, 2 * block // options.batch_size) if device.type == "cuda" else a_block // 2
     calls = {"generator-update": 2, "generator-update-replay": updates, "generator-update-mixed": updates}
-    calls |= {"solver-update": 4}
-    calls |= {"solver-update-replay": a_block, "replay-sampling": a_block, "batch": 200, "testing": 1}
+    calls |= {
+        "solver-update": 4,
+        "solver-update-replay": a_block,
+        "replay-sampling": a_block,
+        "batch": 200,
+        "testing": 1,
+    }
     warm_up = utils.Captured.warm_up + 1 if scholar_options.cuda_graphs else 1
     seconds = {}
     for name, times in tqdm(calls.items(), file=sys.stderr, disable=None):
