@@ -544,7 +544,7 @@ def directories_with_config(path: Path) -> Iterator[Path]:
 def find_runs(paths: Sequence[Path]) -> list[Run]:
     """The runs in these directories and below, in the order of the paper, of one name the finished ones first.
 
-    Those that a later run set aside are not among them; what can't be read below a directory is left out with a warning.
+    Those that a later run set aside are not among them; what can't be read is left out with a warning.
     """
     runs: dict[Path, Run] = {}
     for path in paths:
