@@ -39,7 +39,6 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-import dgr
 from utils import FREE_TO_CHANGE, Parser, UserError, atomic_write, reason, run_program, warn
 
 # Titles hold names of files, and those may have dollars.
@@ -486,8 +485,7 @@ class Run:
 
         `--sample-log` is one where nothing but it has a generator trained, which takes random numbers too.
         """
-        needs_generator = getattr(dgr.REPLAY_MODES.get(self.replay_mode), "needs_generator", False)
-        free = WITHIN_AN_ARM | ({"sample_log"} if needs_generator else set())
+        free = WITHIN_AN_ARM | ({"sample_log"} if self.replay_mode == "generative-replay" else set())
         return {key: value for key, value in self.options.items() if key not in free}
 
     @property

@@ -19,7 +19,6 @@ from matplotlib.image import imread
 from PIL import Image
 from test_resume import flags, outcome, run_here
 
-import dgr
 import visual
 from utils import UserError
 
@@ -555,16 +554,6 @@ def test_a_replay_mode_of_ones_own_is_drawn_too(tmp_path):
     (arms,) = visual.arms_of(visual.find_runs([tmp_path])).values()
     assert [arm.label for arm in arms] == ["none", "pseudo-replay"]
     assert len({style["color"] for style in visual.arm_styles(arms)}) == 2
-
-
-def test_sample_log_tells_arms_apart_only_where_it_adds_a_generator(tmp_path, monkeypatch):
-    monkeypatch.setitem(dgr.REPLAY_MODES, "pseudo-replay", dgr.GenerativeReplay)
-    for mode in ("none", "generative-replay", "pseudo-replay"):
-        for seed in (0, 1):
-            write_run(tmp_path / f"{mode}{seed}", replay_mode=mode, seed=seed, sample_log=bool(seed))
-    (arms,) = visual.arms_of(visual.find_runs([tmp_path])).values()
-    seeds = sorted((arm.first.replay_mode, len(arm.runs)) for arm in arms)
-    assert seeds == [("generative-replay", 2), ("none", 1), ("none", 1), ("pseudo-replay", 2)]
 
 
 def test_arms_are_told_apart_by_temperature_alone(tmp_path):
