@@ -320,10 +320,7 @@ class Library:
 
     def load_npz(self, path: Path) -> tuple[Split, Split]:
         """The splits of a user's own file: x_train, y_train, x_test, y_test; x uint8 (n, h, w) or (n, h, w, c)."""
-        with (
-            reading(path, f"--tasks: {path} is not a file of a task"),
-            np.load(path, allow_pickle=False) as archive,
-        ):
+        with reading(path, f"--tasks: {path} is not a file of a task"), np.load(path, allow_pickle=False) as archive:
             if missing := {"x_train", "y_train", "x_test", "y_test"} - set(archive.files):
                 raise ValueError(f"it has no {', '.join(sorted(missing))}")
             train, test = (npz_split(archive, part) for part in ("train", "test"))

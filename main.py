@@ -396,7 +396,7 @@ def nothing_to_resume(options: argparse.Namespace) -> bool:
 
 def train_scholar(options: argparse.Namespace, tasks: list[data.Task], library: data.Library) -> None:
     paths, device = Paths.of(options), library.device
-    image_channels, classes = tasks[0].train.images.shape[1], data.number_of_classes(tasks)
+    shape = {"image_channels": tasks[0].train.images.shape[1], "classes": data.number_of_classes(tasks)}
     scholar_options = take(options, models.ScholarOptions)
     dtype = utils.choose_precision(options.precision, device)
     schedule = take(
@@ -417,26 +417,19 @@ def train_scholar(options: argparse.Namespace, tasks: list[data.Task], library: 
     files = train.RunFiles(paths.results, config, start and start["files"])
     observers = [files, *observers_of(options, len(tasks))]
 
-    def save_scholar(scholar: dgr.Scholar, tasks_learned: int) -> None:
-        models.save_checkpoint(
-            paths.scholar,
-            scholar=scholar.state_dict(),
-            tasks_learned=tasks_learned,
-            generator_trained=schedule.train_generator,
-            image_channels=image_channels,
-            classes=classes,
-            options=config["options"],
-        )
+    def save_scholar(scholar: dgr.Scholar) -> None:
+        about = {"generator_trained": schedule.train_generator, "options": config["options"], **shape}
+        models.save_checkpoint(paths.scholar, scholar=scholar.state_dict(), **about)
 
     def save_state() -> None:
-        content = {"config": config, "training": training.state_dict(), "files": files.state_dict()}
+        content = {"training": training.state_dict(), "files": files.state_dict()}
         models.save_checkpoint(paths.state, keep_previous=True, **content)
 
     try:
         with utils.stop_requests() as stop_requested:
             torch.manual_seed(options.seed)
             training = train.Training(
-                lambda: models.make_scholar(image_channels, classes, scholar_options, compute_dtype=dtype).to(device),
+                lambda: models.make_scholar(**shape, options=scholar_options, compute_dtype=dtype).to(device),
                 tasks,
                 schedule,
                 observers=observers,
@@ -503,7 +496,7 @@ def other_run(options: argparse.Namespace) -> str:
         if not paths.resumable:
             raise
         _, state = last_state(paths)
-        before = state["config"]["options"]
+        before = state["files"]["config"]["options"]
     return differences(before, now, sorted(now.keys() - utils.FREE_TO_CHANGE))
 
 
@@ -522,15 +515,13 @@ def flag(key: str) -> str:
 
 def last_state(paths: Paths) -> tuple[Path, dict[str, Any]]:
     """The last good state of an unfinished run, and its file; a damaged one is named, and the one before tried."""
-    problem = None
     for candidate in (paths.state, models.previous(paths.state)):
         if candidate.exists():
             try:
                 return candidate, models.load_checkpoint(candidate)
             except UserError as error:
-                problem = error
-                utils.warn(f"{error}; the one before it is tried")
-    raise UserError(f"{paths.state}: no good state is left; leave out --resume to start again") from problem
+                utils.warn(str(error))
+    raise UserError(f"{paths.state}: no good state is left; leave out --resume to start again")
 
 
 def read_state(paths: Paths, config: dict[str, Any]) -> dict[str, Any] | None:
@@ -538,17 +529,18 @@ def read_state(paths: Paths, config: dict[str, Any]) -> dict[str, Any] | None:
     if not paths.resumable:
         return None
     file, state = last_state(paths)
-    before, now = state["config"]["options"], config["options"]
+    begun = state["files"]["config"]
+    before, now = begun["options"], config["options"]
     if changes := differences(before, now, sorted(now.keys() - utils.FREE_TO_CHANGE)):
         raise UserError(f"{file} is of a run with {changes}: give the same flags, or leave out --resume")
-    if state["config"]["data"]["checksums"] != config["data"]["checksums"]:
+    if begun["data"]["checksums"] != config["data"]["checksums"]:
         raise UserError(f"{file} is of a run on other data files: give the same ones, or leave out --resume")
     if file != paths.state:  # else the next state that is saved would make the damaged one the one before it
         paths.state.unlink(missing_ok=True)
-    state["files"]["config"]["options"]["sample_dir"] = now["sample_dir"]  # where pictures are from now on
+    begun["options"]["sample_dir"] = now["sample_dir"]  # where pictures are from now on
     for key in ("versions", "commit", "device", "compute_dtype"):
-        if state["config"][key] != config[key]:
-            utils.warn(f"the run began with {key} {state['config'][key]}: the rest of it may differ a little")
+        if begun[key] != config[key]:
+            utils.warn(f"the run began with {key} {begun[key]}: the rest of it may differ a little")
     return state
 
 
@@ -569,6 +561,7 @@ def describe_run(
 ) -> dict[str, Any]:
     """What one needs to know to repeat a run: the content of its config.json."""
     values = vars(options) | {"sample_dir": options.sample_dir.resolve()}
+    versions = {module.__name__: str(module.__version__) for module in (torch, torchvision, np)}
     return {
         "name": run_name(options),
         "command": sys.argv,
@@ -577,12 +570,7 @@ def describe_run(
         "data": {"checksums": library.checksums, "unverified": library.unverified},
         "device": utils.device_name(library.device),
         "compute_dtype": str(dtype or torch.float32),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "torchvision": str(torchvision.__version__),
-            "numpy": np.__version__,
-        },
+        "versions": {"python": platform.python_version()} | versions,
         "commit": utils.commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
@@ -620,7 +608,8 @@ def run_test(options: argparse.Namespace) -> None:
         )
     scholar_options = take(options, models.ScholarOptions)
     scholar = models.make_scholar(checkpoint["image_channels"], checkpoint["classes"], scholar_options)
-    models.restore_scholar(paths.scholar, scholar, checkpoint)
+    with utils.reading(paths.scholar, f"{paths.scholar} does not fit the flags"):
+        scholar.load_state_dict(checkpoint["scholar"])
     scholar.to(utils.choose_device(gpus=not options.no_gpus))
     visual.save_samples(sample_grid(scholar.generator, options), paths.drawn)
     print(f"samples: {paths.drawn}")

@@ -44,16 +44,14 @@ class ScholarOptions:
     def optimiser(self, *networks: nn.Module) -> torch.optim.Adam:
         """Adam over all parameters of these networks."""
         parameters = [parameter for network in networks for parameter in network.parameters()]
-        adam = torch.optim.Adam(
-            parameters, self.lr, (self.beta1, self.beta2), weight_decay=self.weight_decay, fused=True
-        )
+        how = {"weight_decay": self.weight_decay, "fused": True, "capturable": self.cuda_graphs}
+        adam = torch.optim.Adam(parameters, self.lr, (self.beta1, self.beta2), **how)
 
-        def allow_capture(adam: torch.optim.Adam) -> None:
+        def allow_capture(adam: torch.optim.Adam) -> None:  # a state may be of a run without graphs
             for group in adam.param_groups:
                 group["capturable"] = self.cuda_graphs
 
-        allow_capture(adam)
-        adam.register_load_state_dict_post_hook(allow_capture)  # a state may be of a run without graphs
+        adam.register_load_state_dict_post_hook(allow_capture)
         return adam
 
 
@@ -62,6 +60,15 @@ def step(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
     optimiser.zero_grad()
     loss.backward()
     optimiser.step()
+
+
+def linear_layers(inputs: int, width: int, outputs: int) -> list[nn.Module]:
+    """Linear layers with two hidden ones of `width` units."""
+    return [
+        *(nn.Linear(inputs, width), nn.ReLU(inplace=True)),
+        *(nn.Linear(width, width), nn.ReLU(inplace=True)),
+        nn.Linear(width, outputs),
+    ]
 
 
 # -------------------------------------------------------------------------------------------------- generators
@@ -119,24 +126,12 @@ class VAE(dgr.Generator):
     functions_of_tensors = ("learn",)
 
     def __init__(self, image_channels: int, options: ScholarOptions):
-        pixels, width, z_size = (
-            image_channels * gan.IMAGE_SIZE**2,
-            16 * options.generator_g_channel_size,
-            options.generator_z_size,
-        )
-        decoder = gan.Network(
-            *(nn.Linear(z_size, width), nn.ReLU(inplace=True)),
-            *(nn.Linear(width, width), nn.ReLU(inplace=True)),
-            *(nn.Linear(width, pixels), gan.Sigmoid()),
-            nn.Unflatten(1, (image_channels, gan.IMAGE_SIZE, gan.IMAGE_SIZE)),
-        )
-        super().__init__(decoder, z_size)
-        self.encoder = gan.Network(
-            nn.Flatten(),
-            *(nn.Linear(pixels, width), nn.ReLU(inplace=True)),
-            *(nn.Linear(width, width), nn.ReLU(inplace=True)),
-            nn.Linear(width, 2 * z_size),  # mean and logarithm of the variance of z
-        )
+        pixels, z_size = image_channels * gan.IMAGE_SIZE**2, options.generator_z_size
+        width = 16 * options.generator_g_channel_size
+        to_image = nn.Unflatten(1, (image_channels, gan.IMAGE_SIZE, gan.IMAGE_SIZE))
+        super().__init__(gan.Network(*linear_layers(z_size, width, pixels), gan.Sigmoid(), to_image), z_size)
+        # To mean and logarithm of the variance of z.
+        self.encoder = gan.Network(nn.Flatten(), *linear_layers(pixels, width, 2 * z_size))
         self.optimiser = options.optimiser(self.net, self.encoder)
 
     def update(self, inputs: Callable[[], Tensor]) -> dict[str, Tensor]:
@@ -214,16 +209,8 @@ class MLP(Classifier):
     """
 
     def __init__(self, image_channels: int, classes: int, options: ScholarOptions):
-        width = options.solver_channel_size
-        super().__init__(
-            gan.Network(
-                nn.Flatten(),
-                *(nn.Linear(image_channels * gan.IMAGE_SIZE**2, width), nn.ReLU(inplace=True)),
-                *(nn.Linear(width, width), nn.ReLU(inplace=True)),
-                nn.Linear(width, classes),
-            ),
-            options,
-        )
+        layers = linear_layers(image_channels * gan.IMAGE_SIZE**2, options.solver_channel_size, classes)
+        super().__init__(gan.Network(nn.Flatten(), *layers), options)
 
 
 # A new solver is one class like these and one line here; it becomes a choice of --solver.
@@ -286,9 +273,3 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if found != CHECKPOINT_FORMAT:
         raise UserError(f"{path}: format {found} is not this program's ({CHECKPOINT_FORMAT})")
     return checkpoint
-
-
-def restore_scholar(path: Path, scholar: dgr.Scholar, checkpoint: dict[str, Any]) -> None:
-    """Give a scholar the weights of a checkpoint."""
-    with reading(path, f"{path} does not fit the flags"):
-        scholar.load_state_dict(checkpoint["scholar"])

@@ -60,7 +60,7 @@ class Training:
     """A scholar, or a chain of them, on its way through the tasks.
 
     sample: draws images that show what the generator knows, without touching training's random stream.
-    save_scholar: keeps the scholar after a task, given the number of tasks learned.
+    save_scholar: keeps the scholar after a task.
     save_state: called after each phase, and in between at the schedule's interval, when `state_dict` is worth keeping.
     stop_requested: whether somebody asks for an end; training then saves its state and raises `UserError`.
     """
@@ -73,7 +73,7 @@ class Training:
         *,
         observers: Sequence[visual.Observer],
         sample: Callable[[dgr.Scholar], Tensor],
-        save_scholar: Callable[[dgr.Scholar, int], None],
+        save_scholar: Callable[[dgr.Scholar], None],
         save_state: Callable[[], None] = lambda: None,
         stop_requested: Callable[[], bool] = lambda: False,
     ):
@@ -131,7 +131,7 @@ class Training:
         row = self._precisions(measured)
         self.matrix.append([row.get(f"precision-{number}") for number in range(1, len(self.tasks) + 1)])
         self._tell("test", iterations, row)
-        self.save_scholar(self.scholar, self.task)
+        self.save_scholar(self.scholar)
 
     def _old_scholar_as_replay(self) -> dgr.ReplayMode:
         old_tasks = [old.train for old in self.tasks[: self.task - 1]]
@@ -180,11 +180,6 @@ class Training:
         for observer in self.observers:
             observer.scalars(phase, self.task, iteration, values)
 
-    def _check_finite(self, phase: str, iteration: int) -> None:
-        part = getattr(self.scholar, phase)
-        if not all(bool(value.isfinite().all()) for value in (*part.parameters(), *part.buffers())):
-            raise self._diverged(phase, iteration)
-
     def _diverged(self, phase: str, iteration: int) -> UserError:
         flags = "--lr" if phase == "solver" else "--lr or --generator-lambda"
         return UserError(
@@ -196,7 +191,9 @@ class Training:
 
     def save_state(self, phase: str = "solver") -> None:
         """Keep what training has come to, unless it is broken."""
-        self._check_finite(phase, self.done[phase])
+        part = getattr(self.scholar, phase)
+        if not all(bool(value.isfinite().all()) for value in (*part.parameters(), *part.buffers())):
+            raise self._diverged(phase, self.done[phase])
         self._save_state()
         self._last_saved = time.monotonic()
 

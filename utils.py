@@ -321,7 +321,8 @@ def commit() -> str | None:
     """The commit this program was started from, "-dirty" appended if files were changed since; None outside git."""
     if COMMIT in os.environ:
         return os.environ[COMMIT] or None
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty"]
+    describe = ["describe", "--always", "--exclude=*", "--abbrev=40", "--dirty"]  # no tags
+    command = ["git", "-C", str(Path(__file__).parent), *describe]
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):

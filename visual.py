@@ -957,7 +957,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.output and options.output.suffix not in (".png", ".svg", ".pdf"):
         parser.error(f"argument --output: {options.output} ends in none of .png, .svg and .pdf")
-    runs = find_runs(options.runs)
+    arms = [arm for arms in arms_of(find_runs(options.runs)).values() for arm in arms]
+    runs = [run for arm in arms for run in arm.runs]  # each once
     print(table(runs))
     if options.visdom:
         for run in runs:

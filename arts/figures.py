@@ -262,12 +262,12 @@ def draw_experiment(arms: list[visual.Arm], stem: Path, size: str) -> list[str]:
             path = stem.with_name(f"{stem.name}-{kind}.png")
             visual.write_figure(figure, path)
             Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
-            text += [f"![{says}]({rel(path)})", ""]
+            text += [f"![{says}]({path.relative_to(ROOT)})", ""]
     if experiment in main.CHAINS:
         text += [chain_table(arms[-1]), ""]
     animation = stem.with_name(f"{stem.name}.gif")
     if visual.save_animation(arms, animation):
-        text += [f"![the generator through all tasks]({rel(animation)})", ""]
+        text += [f"![the generator through all tasks]({animation.relative_to(ROOT)})", ""]
     return text
 
 
@@ -301,18 +301,12 @@ def draw_all() -> None:
     runs = visual.find_runs([RUNS])
     text = [line for size in SIZES for line in draw_size([run for run in runs if size_of(run) == size], size)]
     readme = README.read_text()
-    for mark, lines in (
-        ("overview", overview(runs)),
-        ("results", text + ablations() + curves_and_summaries(runs)),
-    ):
+    text += ablations() + curves_and_summaries(runs)
+    for mark, lines in (("overview", overview(runs)), ("results", text)):
         marks = re.compile(rf"(<!-- {mark} -->\n).*(<!-- end of {mark} -->)", re.DOTALL)
         readme = marks.sub(lambda found, lines=lines: found[1] + "\n".join(lines) + found[2], readme)
     with atomic_write(README) as file:
         file.write(readme)
-
-
-def rel(path: Path) -> str:
-    return str(path.relative_to(ROOT))
 
 
 def run() -> None:

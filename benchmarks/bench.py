@@ -74,15 +74,11 @@ def make_plain(scholar: dgr.Scholar, options: models.ScholarOptions) -> dgr.Scho
             if isinstance(module, own):
                 module.__class__ = own
     scholar.to(memory_format=torch.contiguous_format)
-    for part, name, network in (
-        (scholar.generator, "optimiser", scholar.generator.net),
-        (scholar.generator, "critic_optimiser", scholar.generator.critic),
-        (scholar.solver, "optimiser", scholar.solver.net),
-    ):
-        betas = options.beta1, options.beta2
-        setattr(
-            part, name, torch.optim.Adam(network.parameters(), options.lr, betas, weight_decay=options.weight_decay)
-        )
+    how = {"lr": options.lr, "betas": (options.beta1, options.beta2), "weight_decay": options.weight_decay}
+    generator, solver = scholar.generator, scholar.solver
+    generator.optimiser = torch.optim.Adam(generator.net.parameters(), **how)
+    generator.critic_optimiser = torch.optim.Adam(generator.critic.parameters(), **how)
+    solver.optimiser = torch.optim.Adam(solver.net.parameters(), **how)
     return scholar
 
 
@@ -333,6 +329,8 @@ def run() -> None:
     main.check_machine(options)
     if options.generator != "wgan":
         parser.error(f"argument --generator: there is no plain way of {options.generator} to compare with")
+    if options.batch_size > IMAGES:
+        parser.error(f"argument --batch-size: there are {IMAGES} images")
     device = utils.choose_device(gpus=not options.no_gpus)
     print(f"{utils.device_name(device)}, torch {torch.__version__}, commit {utils.commit()}")
     print(f"{'':<24} {'ours':>12} {'ours':>13} {'plain':>13} {'ratio':>9}")

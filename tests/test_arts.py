@@ -104,6 +104,10 @@ def test_what_the_machine_cannot_do_is_one_line(tmp_path, script):
     assert_one_line_error(process, 2, "--cuda-graphs", "--no-gpus")
 
 
+def test_a_batch_of_more_images_than_there_are_is_one_line(tmp_path):
+    assert_one_line_error(call("benchmarks/bench.py", "--batch-size=60001", cwd=tmp_path), 2, "--batch-size", "60000")
+
+
 def test_unknown_variation_is_one_line(tmp_path):
     assert_one_line_error(call("benchmarks/ablations.py", "no gravity", cwd=tmp_path), 2, "'no gravity'", "as it is")
 

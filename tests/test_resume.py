@@ -150,6 +150,25 @@ def test_resume_with_other_flags_is_refused(tmp_path, small_mnist, monkeypatch):
         run_here(flags(tmp_path, small_mnist, "--lr=0.5", "--resume"))
 
 
+def test_a_resumed_run_says_what_it_began_with(tmp_path, small_mnist, monkeypatch, capfd):
+    """What differs from its beginning, not from the last time it was resumed."""
+    for commit, saves, said in (("one", 2, ""), ("two", 2, "began with commit one"), ("one", 2, "")):
+        monkeypatch.setenv(utils.COMMIT, commit)
+        run_until(monkeypatch, saves, flags(tmp_path, small_mnist, "--resume"))
+        errors = capfd.readouterr().err
+        assert said in errors and ("began with" in errors) == bool(said)
+
+
+def test_the_commit_of_a_tag_is_not_the_tags_name(tmp_path, monkeypatch):
+    monkeypatch.delenv(utils.COMMIT, raising=False)
+    monkeypatch.setattr(utils, "__file__", str(tmp_path / "utils.py"))
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in (["init"], ["commit", "--allow-empty", "-m", "one"], ["tag", "-a", "v1", "-m", "one"]):
+        subprocess.run([*git, *command], check=True, capture_output=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert utils.commit() == head
+
+
 def test_resume_on_other_data_is_refused(tmp_path, small_mnist, monkeypatch):
     run_until(monkeypatch, 3, flags(tmp_path, small_mnist))
     other = shutil.copytree(small_mnist, tmp_path / "other")

@@ -70,7 +70,7 @@ def learn(small_mnist, scholar=None, tasks=2, **changes):
         schedule(**changes),
         observers=[recorder],
         sample=lambda scholar: scholar.generator.sample(2, noise),
-        save_scholar=lambda scholar, task: saved.append(task),
+        save_scholar=lambda scholar: saved.append(scholar),
     )
     return training.run(), recorder, saved
 
@@ -94,7 +94,7 @@ def test_precision_is_measured_on_the_test_splits(small_mnist, monkeypatch):
         schedule(train_generator=False),
         observers=[],
         sample=lambda _: None,
-        save_scholar=lambda *_: None,
+        save_scholar=lambda scholar: None,
     ).run()
     whole = [split for split in seen if len(split) > 20]
     assert [id(split) for split in whole] == [id(tasks[i].test) for i in (0, 0, 1, 0, 1, 2)]
@@ -145,7 +145,7 @@ def test_sample_grids_of_a_generator_that_draws_more_than_z_repeat_too():
 def test_matrix_has_a_row_for_each_task_over_the_tasks_so_far(small_mnist):
     matrix, recorder, saved = learn(small_mnist, tasks=3)
     assert [[value is not None for value in row] for row in matrix] == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
-    assert saved == [1, 2, 3]
+    assert len(saved) == 3
     for task, row in enumerate(matrix, start=1):
         told = [(6, f"precision-{old}", value) for old, value in enumerate(row, start=1) if value is not None]
         assert recorder.named("scalar", "test", task) == told
@@ -214,7 +214,7 @@ def test_each_task_is_learned_from_its_training_split_and_the_last_scholar(small
         schedule(importance_of_new_task="auto", replay_targets=dgr.Targets("soft", 3.0)),
         observers=[],
         sample=lambda _: None,
-        save_scholar=lambda scholar, _: ends.append(scholar.remember().state_dict()),
+        save_scholar=lambda scholar: ends.append(scholar.remember().state_dict()),
     ).run()
     assert [part for part, *_ in seen] == ["generator", "solver"] * 3
     for (part, _, current, replay, how), task in zip(seen, (1, 1, 2, 2, 3, 3), strict=True):
@@ -248,7 +248,7 @@ def test_scholars_of_a_chain_learn_from_scratch_and_from_the_last_one_alone(smal
         schedule(chain=True),
         observers=[],
         sample=lambda scholar: None,
-        save_scholar=lambda scholar, task: None,
+        save_scholar=lambda scholar: None,
     ).run()
     parts = [part for scholar in scholars for part in (scholar.generator, scholar.solver)]
     assert [network for _, network, *_ in seen] == parts and len(scholars) == 3
