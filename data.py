@@ -435,14 +435,15 @@ EXPERIMENTS: dict[str, Callable[[Library, ExperimentOptions], list[Task]]] = {
 
 
 def own_tasks(library: Library, names: Sequence[str]) -> list[Task]:
-    """One task for each name of a data set or path of a .npz file, in one shape."""
-    tasks = []
-    for name in names:
+    """One task for each name of a data set or path of a .npz file, in one shape; each is read once."""
+
+    def read(name: str) -> Task:
         if name in DATA_SETS:
-            tasks.append(Task(DATA_SETS[name].title, *library.load(name)))
-        else:
-            tasks.append(Task(Path(name).stem, *library.load_npz(Path(name))))
-    return same_channels(tasks)
+            return Task(DATA_SETS[name].title, *library.load(name))
+        return Task(Path(name).stem, *library.load_npz(Path(name)))
+
+    tasks = {name: read(name) for name in dict.fromkeys(names)}
+    return same_channels([tasks[name] for name in names])
 
 
 def same_channels(tasks: list[Task]) -> list[Task]:

@@ -226,6 +226,13 @@ def test_own_tasks_get_one_shape_and_one_head(tmp_path, small_mnist):
     assert library.checksums[str(tmp_path / "grey.npz")] == data.checksum(tmp_path / "grey.npz")
 
 
+def test_own_task_named_twice_is_read_once(small_mnist):
+    library = accepting(small_mnist)
+    first, second = data.own_tasks(library, ["mnist", "mnist"])
+    assert first.train.images.data_ptr() == second.train.images.data_ptr()
+    assert len(library.unverified) == len(set(library.unverified))
+
+
 def test_own_task_may_be_grey_to_learn_and_in_colour_to_test(tmp_path):
     colour = np.full((6, 20, 24, 3), 200, dtype=np.uint8)
     (task,) = data.own_tasks(accepting(tmp_path), [str(write_task(tmp_path / "a.npz", x_test=colour))])
