@@ -267,7 +267,9 @@ def start_long_run(cwd, small_mnist) -> subprocess.Popen:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_saves_and_says_how_to_go_on(tmp_path, small_mnist, number):
+    before = signal.signal(number, signal.SIG_DFL)  # nohup has SIGHUP ignored, by the tests and the run alike
     process = start_long_run(tmp_path, small_mnist)
+    signal.signal(number, before)
     process.send_signal(number)
     _, error = process.communicate(timeout=30)
     assert process.returncode == 1
@@ -275,6 +277,18 @@ def test_signal_saves_and_says_how_to_go_on(tmp_path, small_mnist, number):
     kept = models.load_checkpoint(tmp_path / "checkpoints" / f"{NAME}{main.UNFINISHED}")
     iteration = kept["training"]["done"]["generator"]
     assert f"generator iteration {iteration};" in error and iteration > 0
+
+
+def test_a_run_under_nohup_outlives_its_terminal(tmp_path, small_mnist):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    process = start_long_run(tmp_path, small_mnist)
+    signal.signal(signal.SIGHUP, before)
+    metrics = tmp_path / "results" / NAME / "metrics.csv"
+    rows = len(metrics.read_text().splitlines())
+    process.send_signal(signal.SIGHUP)
+    wait_until(lambda: len(metrics.read_text().splitlines()) > rows + 10, process)
+    process.terminate()
+    assert "stopped at task" in process.communicate(timeout=30)[1]
 
 
 def test_resume_overwrites_no_other_run(tmp_path, small_mnist, monkeypatch):
