@@ -262,8 +262,10 @@ def measure(options: argparse.Namespace, repetitions: int) -> list[dict[str, Any
     # half a batch for each of its critic updates.
     a_block = 8 * -(-block // (8 * options.batch_size))
     updates = max(4, 2 * block // options.batch_size) if device.type == "cuda" else a_block // 2
-    calls = {"generator-update": 2, "generator-update-replay": updates, "generator-update-mixed": updates}
-    calls |= {
+    calls = {
+        "generator-update": 2,
+        "generator-update-replay": updates,
+        "generator-update-mixed": updates,
         "solver-update": 4,
         "solver-update-replay": a_block,
         "replay-sampling": a_block,

@@ -487,6 +487,9 @@ def test_a_run_counts_once(results, capsys):
     runs = visual.find_runs([results, results / "seed-0", results / "seed-1/none-r1"])
     assert len(runs) == 4
     write_run(results / "copy/none-r1", offset=0.1)
+    (arms,) = visual.arms_of(visual.find_runs([results])).values()
+    assert [run.seed for run in arms[0].runs] == [0, 1]
+    assert "it is the same run as" in capsys.readouterr().err
     visual.main([str(results), "--output", str(results / "f.png")])
     captured = capsys.readouterr()
     assert "| none | 0, 1 |" in captured.out and captured.err.count("it is the same run as") == 1
