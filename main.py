@@ -174,6 +174,8 @@ def make_parser() -> utils.Parser:
 
     group = parser.add_argument_group("optimisation (Adam, all networks)")
     add(group, "--lr", 1e-4, "learning rate", number(0, above=True))
+    meaning = "linear: from --lr down to 0, anew for each task's generator and solver"
+    add(group, "--lr-schedule", "constant", meaning, choices=["constant", "linear"])
     add(group, "--beta1", 0.5, "decay of the gradient's mean", number(0, 1, below=True))
     add(group, "--beta2", 0.9, "decay of the squared gradient's mean", number(0, 1, below=True))
     add(group, "--weight-decay", 1e-5, "L2 penalty on weights", number(0))
@@ -226,6 +228,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
     if options.solver == "cnn":
         check_cnn(parser, options)
+    if options.cuda_graphs and options.lr_schedule != "constant":
+        parser.error("argument --lr-schedule: an update that --cuda-graphs records keeps its rate: leave one out")
     written = DIRECTORIES if options.train else ("sample_dir",)
     check_replay(parser, options)
     if options.tasks:

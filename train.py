@@ -36,6 +36,7 @@ class Schedule:
     generator_iterations: int
     solver_iterations: int
     batch_size: int
+    lr_schedule: str  # "constant", or "linear": down to 0 in each phase of a task
     test_size: int
     eval_log_interval: int
     loss_log_interval: int
@@ -149,7 +150,9 @@ class Training:
             return
         for observer in self.observers:
             observer.begin(phase, self.task, iterations, self.done[phase])
+        self._set_learning_rates(phase, self.done[phase] / iterations)
         for iteration, losses in enumerate(learning, start=self.done[phase] + 1):
+            self._set_learning_rates(phase, iteration / iterations)
             for observer in self.observers:
                 observer.step(iteration)
             if due(iteration, self.schedule.loss_log_interval, iterations):
@@ -167,6 +170,13 @@ class Training:
                 self.save_state(phase)
         for observer in self.observers:
             observer.end(phase, self.task)
+
+    def _set_learning_rates(self, phase: str, done: float) -> None:
+        """Those of the next iteration, where this share of the phase is done."""
+        if self.schedule.lr_schedule == "linear":
+            for optimiser in optimisers_of(getattr(self.scholar, phase)).values():
+                for group in getattr(optimiser, "param_groups", ()):
+                    group["lr"] = group.setdefault("initial_lr", group["lr"]) * (1 - done)
 
     def _show_samples(self, iteration: int, iterations: int) -> None:
         """Draw samples if an observer wants them now."""

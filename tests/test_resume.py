@@ -101,7 +101,7 @@ def test_resumed_run_is_the_run_that_was_never_stopped(tmp_path, small_mnist, wh
         ["--replay-mode=none"],
         ["--replay-mode=exact-replay", "--replay-targets=soft"],
         ["--replay-mode=noise-replay"],
-        ["--experiment=mnist-chain"],
+        ["--experiment=mnist-chain", "--lr-schedule=linear"],
         ["--experiment=split-mnist", "--generator=vae", "--replay-targets=soft"],
     ],
 )

@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from test_dgr import assert_same_state, small_scholar, state
+from test_dgr import SMALL, assert_same_state, small_scholar, state
 
 import data
 import dgr
@@ -26,6 +26,7 @@ def schedule(**changes) -> train.Schedule:
         "generator_iterations": 5,
         "solver_iterations": 6,
         "batch_size": 4,
+        "lr_schedule": "constant",
         "test_size": 20,
         "eval_log_interval": 3,
         "loss_log_interval": 2,
@@ -223,6 +224,26 @@ def test_each_task_is_learned_from_its_training_split_and_the_last_scholar(small
         assert (replay is None) == (task == 1)
         if replay is not None:
             assert_same_state(replay.old_scholar, ends[task - 2])
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear"])
+def test_learning_rate_of_every_update(small_mnist, monkeypatch, kind):
+    """Linear: the first update of a phase has all of it, and one more after the last would have none."""
+    scholar, seen = small_scholar(), {"generator": [], "solver": []}
+    for part, rates in seen.items():
+        network = getattr(scholar, part)
+        optimisers = [value for value in vars(network).values() if isinstance(value, torch.optim.Optimizer)]
+        assert len(optimisers) == (2 if part == "generator" else 1)
+
+        def update(*args, plain=network.update, optimisers=optimisers, rates=rates):
+            rates.append({group["lr"] for optimiser in optimisers for group in optimiser.param_groups})
+            return plain(*args)
+
+        monkeypatch.setattr(network, "update", update)
+    learn(small_mnist, scholar, lr_schedule=kind)
+    for part, n in (("generator", 5), ("solver", 6)):
+        left = [1.0 if kind == "constant" else 1 - i / n for i in range(n)]
+        assert seen[part] == [{SMALL.lr * share} for share in left] * 2  # anew for the second task
 
 
 def test_exact_replay_is_of_the_training_splits_of_all_tasks_before(small_mnist, monkeypatch):
