@@ -195,12 +195,14 @@ VARIATIONS = {
     "width times 2": Variation(times=dict.fromkeys(WIDTHS, 2)),
     "learning rate times 3": Variation(times={"lr": 3}),
     "learning rate times 0.3": Variation(times={"lr": 0.3}),
+    "learning rate down to 0": Variation(["--lr-schedule=linear"]),
     "generator iterations times 3": Variation(times={"generator_iterations": 3}),
     "solver iterations times 3": Variation(times={"solver_iterations": 3}),
     "exact replay": Variation(["--replay-mode=exact-replay"]),
     "exact replay, solver iterations times 3": Variation(
         ["--replay-mode=exact-replay"], times={"solver_iterations": 3}
     ),
+    "exact replay, learning rate down to 0": Variation(["--replay-mode=exact-replay", "--lr-schedule=linear"]),
     "noise replay": Variation(["--replay-mode=noise-replay"]),
     "noise replay, standard normal": Variation(
         ["--replay-mode=noise-replay"], instead={(dgr.NoiseReplay, "draw"): standard_normal}

@@ -450,7 +450,8 @@ def test_defaults_are_the_ones_users_know():
         "generator_iterations": 3000, "solver_depth": 5, "solver_reducing_layers": 3, "solver_channel_size": 1024,
         "solver_iterations": 1000, "lr": 1e-4, "lr_schedule": "constant", "beta1": 0.5, "beta2": 0.9,
         "weight_decay": 1e-5, "batch_size": 32, "test_size": 1024, "sample_size": 36, "sample_log": False,
-        "sample_log_interval": 300, "image_log_interval": 100, "eval_log_interval": 50, "loss_log_interval": 30, "no_gpus": False,
+        "sample_log_interval": 300, "image_log_interval": 100, "eval_log_interval": 50, "loss_log_interval": 30,
+        "no_gpus": False,
     }  # fmt: skip
     assert {name: options[name] for name in expected} == expected
     assert str(options["checkpoint_dir"]) == "checkpoints" and str(options["sample_dir"]) == "samples"
