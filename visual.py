@@ -458,6 +458,7 @@ class Run:
             with (directory / "metrics.csv").open(newline="") as file:
                 self.rows = list(csv.DictReader(file))
             self.tasks, self.options = self.config["tasks"], self.config["options"]
+            self.options.setdefault("lr_schedule", "constant")  # of a run from before there was another
             names = {name.replace("-", ""): called for name, called in self.unofficial.items()}
             self.tasks = [printable(names.get(title.lower().replace("-", ""), title)) for title in self.tasks]
             self.name, self.seed = self.config["name"], self.options["seed"]

@@ -75,7 +75,10 @@ def copy_run(run: visual.Run, target: Path) -> None:
         writer.writeheader()
         writer.writerows(row for row in run.rows if stays(row, run.options))
     if (run.directory / visual.SAMPLES).exists():
-        shutil.copy(run.directory / visual.SAMPLES, target)
+        with Image.open(run.directory / visual.SAMPLES) as samples:
+            red, *others = samples.convert("RGB").split()
+            grey = all(channel.tobytes() == red.tobytes() for channel in others)
+            (red if grey else samples).save(target / visual.SAMPLES, optimize=True)
     for path in kept_samples.values():
         (target / visual.SAMPLE_LOG).mkdir(exist_ok=True)
         shutil.copy(path, target / visual.SAMPLE_LOG)
