@@ -102,7 +102,7 @@ def test_resumed_run_is_the_run_that_was_never_stopped(tmp_path, small_mnist, wh
         ["--replay-mode=exact-replay", "--replay-targets=soft"],
         ["--replay-mode=noise-replay"],
         ["--experiment=mnist-chain", "--lr-schedule=linear"],
-        ["--experiment=split-mnist", "--generator=vae", "--replay-targets=soft"],
+        ["--experiment=split-mnist", "--generator=vae", "--replay-targets=soft", "--lr-schedule=linear"],
     ],
 )
 def test_every_arm_resumes(tmp_path, small_mnist, monkeypatch, arm):

@@ -395,6 +395,15 @@ def test_runs_are_found_and_seeds_gathered(results):
     assert visual.cells(arms[0])["average precision"] == "0.700 ± 0.071"
 
 
+def test_a_seed_from_before_an_option_joins_later_ones(results):
+    config = results / "seed-1/none-r1/config.json"
+    content = json.loads(config.read_text())
+    content["options"]["lr_schedule"] = "constant"
+    config.write_text(json.dumps(content))
+    (arms,) = visual.arms_of(visual.find_runs([results])).values()
+    assert [len(arm.runs) for arm in arms] == [2, 1, 1]
+
+
 def test_figures_show_what_the_files_say(results):
     """Curves, bands and matrix as drawn, not only that there is a picture."""
     (arms,) = visual.arms_of(visual.find_runs([results])).values()
