@@ -205,7 +205,7 @@ class LivePlots(Observer):
         self._show("precision")  # the first window
         retell(run, self)
         with contextlib.suppress(OSError):  # no picture, or not a whole one
-            pixels = np.asarray(Image.open(run.directory / SAMPLES))
+            pixels = np.asarray(Image.open(run.directory / SAMPLES).convert("RGB"))  # that of a kept run is grey
             opts = {"title": f"samples of {run.config['name']}"} | SAMPLES_WINDOW
             self._post(samples=lambda: ("image", {"img": pixels.transpose(2, 0, 1), "opts": opts}))
         self._thread = threading.Thread(target=self._post_all, daemon=True)
@@ -458,7 +458,7 @@ class Run:
             with (directory / "metrics.csv").open(newline="") as file:
                 self.rows = list(csv.DictReader(file))
             self.tasks, self.options = self.config["tasks"], self.config["options"]
-            self.options.setdefault("lr_schedule", "constant")  # of a run from before there was another
+            self.options.setdefault("lr_schedule", "constant")  # of a run from before there was a choice
             names = {name.replace("-", ""): called for name, called in self.unofficial.items()}
             self.tasks = [printable(names.get(title.lower().replace("-", ""), title)) for title in self.tasks]
             self.name, self.seed = self.config["name"], self.options["seed"]

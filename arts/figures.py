@@ -75,7 +75,7 @@ def copy_run(run: visual.Run, target: Path) -> None:
         writer.writeheader()
         writer.writerows(row for row in run.rows if stays(row, run.options))
     if (run.directory / visual.SAMPLES).exists():
-        with Image.open(run.directory / visual.SAMPLES) as samples:
+        with Image.open(run.directory / visual.SAMPLES) as samples:  # one channel, where all three are the same
             red, *others = samples.convert("RGB").split()
             grey = all(channel.tobytes() == red.tobytes() for channel in others)
             (red if grey else samples).save(target / visual.SAMPLES, optimize=True)

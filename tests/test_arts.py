@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 from conftest import ROOT, TINY, assert_one_line_error, call
+from PIL import Image
 
 from utils import UserError
 
@@ -49,11 +50,14 @@ def test_a_run_is_kept_without_paths_and_shown(figures, tmp_path, small_mnist):
     flags = ["--train", "--data-dir", small_mnist, *TINY, "--seed=5"]
     assert call("main.py", *flags, cwd=tmp_path).returncode == 0
     shutil.rmtree(figures.RUNS)  # for this one to be drawn alone
-    kept = figures.keep(tmp_path / "results/permutated-mnist-generative-replay-r0.3")
-    assert kept.name == "permutated-mnist-generative-replay-r0.3-seed5"
+    run = "permutated-mnist-generative-replay-r0.3"
+    kept = figures.keep(tmp_path / "results" / run)
+    assert kept.name == f"{run}-seed5"
     config = json.loads((kept / "config.json").read_text())
     assert config["options"]["seed"] == 5
     assert not any(str(value).startswith("/") for value in config["options"].values())
+    with Image.open(kept / "samples.png") as copy, Image.open(tmp_path / "results" / run / "samples.png") as samples:
+        assert copy.mode == "L" and copy.convert("RGB").tobytes() == samples.tobytes()
     figures.draw_all()
     assert "| 5 | .93 on MNIST | .89 to .91 on MNIST | **0." in figures.README.read_text()  # data that are not
 

@@ -236,6 +236,11 @@ def test_a_run_can_be_played_back_from_its_files(tmp_path, small_mnist):
     for window in ("precision", "solver loss", "generator critic-loss"):
         assert later.newest(window) == live.newest(window)
     assert later.newest("samples")["opts"]["title"] == f"samples of {directory.name}"
+    with Image.open(directory / visual.SAMPLES) as samples:
+        samples.convert("L").save(directory / visual.SAMPLES)  # as arts/figures.py keeps it
+    kept = PlotServer()
+    visual.main([str(directory), "--visdom", "--visdom-server=127.0.0.1", f"--visdom-port={kept.port}"])
+    assert kept.newest("samples") == later.newest("samples")
     with pytest.raises(UserError, match="did not take the plots"):
         visual.main([str(directory), "--visdom", f"--visdom-port={free_port()}"])
 
