@@ -45,6 +45,7 @@ QUICK = {
     "generator_iterations": 400,
     "solver_iterations": 300,
     "lr": 1e-3,
+    "lr_schedule": "linear",
     "batch_size": 64,
 }
 
@@ -207,7 +208,7 @@ def make_parser() -> utils.Parser:
     group = parser.add_argument_group("machine and live plots")
     meaning = "what networks compute in; auto: bf16 where faster (GPUs, CPUs with AMX, AMD with AVX512-BF16), else fp32"
     add(group, "--precision", "auto", meaning, choices=["auto", "fp32", "tf32", "bf16"])
-    meaning = "launch every update as one CUDA graph, instead of kernel by kernel (needs a GPU)"
+    meaning = "launch every update as one CUDA graph, not kernel by kernel (needs a GPU and a constant rate)"
     switch(group, "--cuda-graphs", meaning)
     switch(group, "--no-gpus", "use the CPU even where there is a GPU")
     add(group, "--visdom-server", "localhost", "where live plots go, if a server answers", metavar="HOST")
@@ -229,7 +230,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if options.solver == "cnn":
         check_cnn(parser, options)
     if options.cuda_graphs and options.lr_schedule != "constant":
-        parser.error("argument --lr-schedule: an update that --cuda-graphs records keeps its rate: leave one out")
+        parser.error("argument --cuda-graphs: an update that it records keeps its rate: give --lr-schedule=constant")
     written = DIRECTORIES if options.train else ("sample_dir",)
     check_replay(parser, options)
     if options.tasks:

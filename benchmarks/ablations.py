@@ -37,7 +37,7 @@ FLAGS = [
     "--train",
     "--quick",
     *("--generator-c-channel-size=8", "--generator-g-channel-size=8", "--solver-channel-size=128"),
-    *("--batch-size=32", "--generator-iterations=300", "--eval-log-interval=300"),
+    *("--batch-size=32", "--generator-iterations=300", "--lr-schedule=constant", "--eval-log-interval=300"),
 ]
 
 # --------------------------------------------------------------------------------------- the other ways
