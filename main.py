@@ -86,7 +86,7 @@ def number(
             value = math.nan
         if not ((low < value if above else low <= value) and (value < high if below else value <= high)):
             limits = f"{'above' if above else 'of at least'} {low:g}"
-            limits += f" and {'below' if below else 'at most'} {high:g}" if high < 2**31 - 1 else ""
+            limits += f" and {'below' if below else 'at most'} {high:.10g}" if high < 2**31 - 1 or value > high else ""
             raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number {limits}")
         return value
 
@@ -157,19 +157,20 @@ def make_parser() -> utils.Parser:
 
     group = parser.add_argument_group("generator")
     add(group, "--generator", "wgan", "WGAN-GP, or a variational autoencoder", choices=list(models.GENERATORS))
-    add(group, "--generator-lambda", 10.0, "weight of the gradient penalty", number(0))
+    add(group, "--generator-lambda", 10.0, "weight of the gradient penalty (wgan)", number(0))
     add(group, "--generator-z-size", 100, "size of the noise", integer(1))
-    add(group, "--generator-c-channel-size", 64, "channels of the critic's first layer", integer(1))
-    add(group, "--generator-g-channel-size", 64, "channels of the generator's last hidden layer", integer(1))
-    add(group, "--generator-c-updates-per-g-update", 5, "critic updates in a generator iteration", integer(1))
+    add(group, "--generator-c-channel-size", 64, "channels of the critic's first layer (wgan)", integer(1))
+    meaning = "channels of the generator's last hidden layer; a VAE has 16 times as many units"
+    add(group, "--generator-g-channel-size", 64, meaning, integer(1))
+    add(group, "--generator-c-updates-per-g-update", 5, "critic updates in a generator iteration (wgan)", integer(1))
     add(group, "--generator-iterations", 3000, "iterations for each task", integer(1))
 
     group = parser.add_argument_group("solver")
     add(group, "--solver", "cnn", "a convolutional network, or one of linear layers", choices=list(models.SOLVERS))
-    add(group, "--solver-depth", 5, "layers: convolutions, then one linear layer", integer(2, 64))
-    meaning = "of the convolutions, the last so many halve height and width"
+    add(group, "--solver-depth", 5, "layers: convolutions, then one linear layer (cnn)", integer(2, 32))
+    meaning = "of the convolutions, the last so many halve height and width (cnn)"
     add(group, "--solver-reducing-layers", 3, meaning, integer(0, 5))
-    meaning = "channels of the last convolution; halved from layer to layer before it"
+    meaning = "channels of the last convolution, halved from layer to layer before it; units of an mlp's hidden layers"
     add(group, "--solver-channel-size", 1024, meaning, integer(1))
     add(group, "--solver-iterations", 1000, "iterations for each task", integer(1))
 
@@ -381,7 +382,7 @@ def run_training(options: argparse.Namespace) -> None:
     else:
         tasks = data.EXPERIMENTS[options.experiment](library, take(options, data.ExperimentOptions))
     paths = Paths.of(options)
-    with utils.locked(paths.results), utils.locked(paths.scholar):
+    with utils.locked(paths.results), utils.locked(paths.scholar), utils.locked(paths.sample_log):
         if not nothing_to_resume(options):  # another run may have ended since
             train_scholar(options, tasks, library)
 

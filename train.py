@@ -194,7 +194,7 @@ class Training:
         flags = "--lr" if phase == "solver" else "--lr or --generator-lambda"
         return UserError(
             f"training diverged at task {self.task}, {phase} iteration {iteration}, a loss or weight not being finite: "
-            f"try another {flags}, or --precision=fp32; the last good checkpoint is kept"
+            f"start anew with another {flags}, or with --precision=fp32; the last good state is kept"
         )
 
     # ---------------------------------------------------------------------------------------------- its state

@@ -162,7 +162,7 @@ def set_aside(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
     taken = (re.fullmatch(rf"{re.escape(path.name)}~(\d+)", name) for path, name in beside)
     number = 1 + max((int(found[1]) for found in taken if found), default=0)
     moves = [(path, path.with_name(f"{path.name}~{number}")) for path in paths if path.exists()]
-    for path, aside in moves:
+    for path, aside in sorted(moves, key=lambda move: len(move[0].parts), reverse=True):  # what is inside goes first
         path.rename(aside)
     return moves
 

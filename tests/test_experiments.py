@@ -218,7 +218,8 @@ def test_nine_runs_have_their_settings(full):
         (["permutated-mnist", "--lr=x"], "--lr"),
         (["--quick", "permutated-mnist"], "before the flags"),
         (["--seeds=4-"], "--seeds"),
-        (["--seeds=0-2", "--seed=1"], "--seed"),
+        (["--seeds=0-2", "--seed=1"], "--seed is set for each run: leave it out"),
+        (["--experiment=mnist-svhn"], "--experiment is set for each run: name experiments"),
         (["--jobs=0"], "--jobs"),
     ],
 )

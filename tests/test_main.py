@@ -249,7 +249,7 @@ def test_files_are_locked_as_nfs_asks_for(tmp_path, small_mnist, monkeypatch):
     modes = []
     monkeypatch.setattr(fcntl, "flock", lambda file, _how: modes.append(fcntl.fcntl(file, fcntl.F_GETFL)))
     assert train(tmp_path, small_mnist, "--replay-mode=none").returncode == 0
-    assert [mode & os.O_ACCMODE for mode in modes] == [os.O_WRONLY] * 2  # of results and of checkpoints
+    assert [mode & os.O_ACCMODE for mode in modes] == [os.O_WRONLY] * 3  # of results, checkpoints and samples
 
 
 def test_a_file_system_without_locks_is_a_warning(tmp_path, small_mnist, monkeypatch):
@@ -270,7 +270,7 @@ def test_second_run_keeps_the_first(copy_of_trained, small_mnist):
     assert f"results/{NAME} of an earlier run is kept as results/{NAME}~1" in process.stdout
     kept = cwd / "results" / f"{NAME}~1" / "metrics.csv", cwd / "checkpoints" / f"{NAME}~1"
     assert tuple(path.read_bytes() for path in kept) == before
-    assert [path.name for path in (cwd / "samples").iterdir()] == [f"{NAME}-sample.jpg~1"]
+    assert [path.name for path in (cwd / "samples").glob("[!.]*")] == [f"{NAME}-sample.jpg~1"]
     assert (cwd / "results" / NAME / "metrics.csv").read_bytes() != before[0]
     assert train(cwd, small_mnist).returncode == 0
     assert (cwd / "results" / f"{NAME}~2").is_dir()
@@ -385,6 +385,9 @@ def test_malicious_checkpoint_is_not_executed(copy_of_trained):
         (["--train", "--beta1=1"], ["--beta1", "below 1"]),
         (["--train", "--solver-channel-size=1001"], ["--solver-channel-size", "multiple of 8"]),
         (["--train", "--solver-depth=1"], ["--solver-depth", "of at least 2"]),
+        (["--train", "--solver-depth=33"], ["--solver-depth", "at most 32"]),
+        (["--train", "--seed=3000000000"], ["--seed", "at most 2147483647"]),
+        (["--train", "--checkpoint-interval=inf"], ["--checkpoint-interval", "at most 2147483647"]),
         (["--train", "--solver-depth=3", "--solver-reducing-layers=3"], ["--solver-reducing-layers", "2 convolutions"]),
         (["--train", "--cuda-graphs", "--no-gpus"], ["--cuda-graphs", "--no-gpus"]),
         (["--train", "--cuda-graphs", "--lr-schedule=linear"], ["--cuda-graphs", "--lr-schedule=constant"]),

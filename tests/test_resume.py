@@ -238,7 +238,7 @@ def test_nothing_is_written_over_with_broken_weights(tmp_path, small_mnist, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(models, "step", step)
-        with pytest.raises(UserError, match=r"diverged.*task 1, generator iteration 3.*--lr.*checkpoint is kept"):
+        with pytest.raises(UserError, match=r"diverged.*task 1, generator iteration 3.*--lr.*state is kept"):
             run_here(arguments)
     kept = models.load_checkpoint(tmp_path / "checkpoints" / f"{NAME}{main.UNFINISHED}")
     assert kept["training"]["done"]["generator"] == 2
@@ -333,6 +333,12 @@ def test_numbers_of_what_was_set_aside_only_grow(tmp_path):
     assert utils.set_aside([tmp_path / "a", tmp_path / "b"]) == [(tmp_path / "a", tmp_path / "a~4")]
 
 
+def test_one_directory_of_a_run_inside_another_is_set_aside_with_it(tmp_path):
+    (tmp_path / "a/b").mkdir(parents=True)
+    utils.set_aside([tmp_path / "a", tmp_path / "a/b"])
+    assert (tmp_path / "a~1/b~1").is_dir() and [path.name for path in tmp_path.iterdir()] == ["a~1"]
+
+
 def test_a_signal_that_comes_twice_saves_too(tmp_path, small_mnist):
     """As where a whole group of processes is stopped, and its leader hands the signal on."""
     process = start_long_run(tmp_path, small_mnist)
@@ -370,6 +376,9 @@ def test_second_run_of_the_same_name_refuses(tmp_path, small_mnist):
             run_here(flags(tmp_path, small_mnist))
         with pytest.raises(UserError, match="another run of this name"):
             run_here(flags(tmp_path, small_mnist, f"--result-dir={tmp_path / 'elsewhere'}"))
+        with pytest.raises(UserError, match="another run of this name"):  # whose pictures would be mixed with its own
+            others = [f"--{kind}-dir={tmp_path / 'elsewhere' / kind}" for kind in ("result", "checkpoint")]
+            run_here(flags(tmp_path, small_mnist, *others))
         assert first.poll() is None
     finally:
         first.kill()
