@@ -52,8 +52,11 @@ def keep(directory: Path, suffix: str = "") -> Path:
     if run.options["tasks"]:
         raise UserError(f"{directory} has tasks of its own, and no experiment of the README")
     target = RUNS / f"{run.name}{size_of(run)}-seed{run.seed}{suffix}"
-    if not (target.exists() and target.samefile(directory)):
-        copy_run(run, target)
+    if target.exists() and target.samefile(directory):
+        return target
+    if target.exists() and visual.Run(target).learned_with != run.learned_with:  # its name does not hold all flags
+        raise UserError(f"{target} is a run with other flags than {directory}: give a --suffix, or take it away first")
+    copy_run(run, target)
     return target
 
 

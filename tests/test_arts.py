@@ -58,8 +58,22 @@ def test_a_run_is_kept_without_paths_and_shown(figures, tmp_path, small_mnist):
     assert not any(str(value).startswith("/") for value in config["options"].values())
     with Image.open(kept / "samples.png") as copy, Image.open(tmp_path / "results" / run / "samples.png") as samples:
         assert copy.mode == "L" and copy.convert("RGB").tobytes() == samples.tobytes()
+    assert figures.keep(tmp_path / "results" / run) == kept  # once more, the same run
     figures.draw_all()
     assert "| 5 | .93 on MNIST | .89 to .91 on MNIST | **0." in figures.README.read_text()  # data that are not
+
+
+def test_a_kept_run_gives_way_to_none_with_other_flags(figures, tmp_path):
+    """Names of runs do not hold learning rates and widths."""
+    kept = next(figures.RUNS.glob("*-quick-seed0"))
+    other = shutil.copytree(kept, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["options"]["lr"] = 0.5
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(figures.UserError, match=r"other flags.*--suffix"):
+        figures.keep(other)
+    assert (kept / "config.json").read_text() != (other / "config.json").read_text()
+    assert figures.keep(other, "-large-lr").name == f"{kept.name}-large-lr"
 
 
 def test_benchmark_has_its_rows(tmp_path):
