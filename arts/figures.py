@@ -147,10 +147,15 @@ def drawn(arms: list[visual.Arm]) -> dict[str, list[visual.Arm]]:
     """The arms of an experiment that figures show together, by what the names of their files end in.
 
     Those of each pair of networks that has several replay modes, if any has: of each mode the plain arm, or where there
-    is none one kept without a suffix, or else that of most seeds.
+    is none one kept without a suffix, or else that of most seeds, and of these the best.
     """
     chosen: dict[str, dict[str, visual.Arm]] = {}
-    for arm in sorted(arms, key=lambda arm: (is_plain(arm.first), not has_suffix(arm.first), len(arm.runs))):
+
+    def rank(arm: visual.Arm) -> tuple[bool, bool, int, float]:
+        precisions = [run.summary["average_precision"] for run in arm.finished]
+        return is_plain(arm.first), not has_suffix(arm.first), len(arm.runs), statistics.mean(precisions)
+
+    for arm in sorted(arms, key=rank):
         options = arm.first.options
         networks = "".join(f"-{options[key]}" for key in ("generator", "solver"))
         usual = networks == "-wgan-cnn" and not is_narrow(arm.first)
