@@ -58,7 +58,7 @@ def run_program(main: Callable[[], None]) -> None:
     except UserError as error:
         end(f"error: {error}")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
+        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(whole_story(error)):
             raise
         end(
             "error: out of memory: try a smaller --batch-size, --solver-channel-size or --generator-c-channel-size and "
@@ -72,6 +72,11 @@ def run_program(main: Callable[[], None]) -> None:
         end(f"error: {error.filename or 'files'}: {reason(error)}")
     except KeyboardInterrupt:
         end("stopped")
+
+
+def whole_story(error: BaseException | None) -> str:
+    """What an error says, and those it came of: out of memory, a capture of updates ends in an error of its own."""
+    return "" if error is None else f"{error} {whole_story(error.__context__)}"
 
 
 def give_up_output() -> None:
@@ -295,7 +300,8 @@ class Captured:
         """Record work without doing it. Gives what does it, and returns tensors that every call writes anew."""
         gc.collect()  # a graph that is given up while another is recorded breaks that one
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream):
+        # Other threads may go on: a loader's, which pins memory, would break the recording otherwise.
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             values = work()
 
         def replay() -> dict[str, Tensor]:

@@ -19,8 +19,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import models  # noqa: E402
+import utils  # noqa: E402
 
 torch.set_num_threads(1)  # as in the processes that tests start: sums over threads differ in their rounding
+
+# Only the CPU repeats a run bit for bit. Tests see no GPU, but those that take `gpu`.
+choose_device = utils.choose_device
+utils.choose_device = lambda *, gpus=True: torch.device("cpu")
+WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # for processes that tests start
 
 # A scholar small enough for unit tests, with nothing at its default that could be ignored.
 SMALL = models.ScholarOptions(
@@ -106,7 +112,7 @@ def start(script: str, *arguments: str, cwd: Path, **environment: str) -> subpro
     return subprocess.Popen(
         [sys.executable, str(ROOT / script), *map(str, arguments)],
         cwd=cwd,
-        env={**usual, "OMP_NUM_THREADS": "1", **environment},
+        env={**usual, **WITHOUT_GPU, "OMP_NUM_THREADS": "1", **environment},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -159,3 +165,12 @@ def assert_one_line_error(process: subprocess.CompletedProcess, status: int, *wo
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """What the program does on the GPU of this machine; skipped where there is none."""
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU here")
+    monkeypatch.setattr(utils, "choose_device", choose_device)
+    return choose_device()

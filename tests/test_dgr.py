@@ -572,13 +572,12 @@ def test_captured_updates_are_the_updates(parts, monkeypatch):
     assert len(recorded) == len(captured.generator.functions_of_tensors) + 2  # another r, another graph
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU, and there is none")
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("parts", [{}, {"generator": "vae", "solver": "mlp"}], ids=["wgan-cnn", "vae-mlp"])
-def test_captured_and_eager_updates_give_the_same_losses_on_a_gpu(parts, dtype, monkeypatch):
+def test_captured_and_eager_updates_give_the_same_losses_on_a_gpu(parts, dtype, gpu, monkeypatch):
     """In step, because two trainings drift apart wherever a kernel rounds another way."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    plain, captured = scholars(replace(SMALL, **parts), "cuda", compute_dtype=dtype)
-    eager, graphs = losses_in_step(plain, captured, "cuda", 100)
+    plain, captured = scholars(replace(SMALL, **parts), gpu, compute_dtype=dtype)
+    eager, graphs = losses_in_step(plain, captured, gpu, 100)
     tolerance = 1e-3 if dtype is None else 5e-2
     torch.testing.assert_close(graphs, eager, rtol=tolerance, atol=tolerance)

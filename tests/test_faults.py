@@ -1,11 +1,12 @@
 """Disks that are full, turn read-only or vanish under a run, on a small file system of its own."""
 
+import os
 import shlex
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, WITHOUT_GPU
 from test_resume import NAME, flags, outcome, run_here
 
 import main
@@ -20,7 +21,9 @@ def in_namespace(cwd, script: str, *arguments: str) -> subprocess.CompletedProce
     disk.mkdir()
     train = shlex.join([sys.executable, str(ROOT / "main.py"), *arguments])
     script = f'set -u; disk={shlex.quote(str(disk))}; run() {{ {train} "$@"; }}; {script}'
-    return subprocess.run([*NAMESPACE, script], capture_output=True, text=True, timeout=300, cwd=cwd)
+    return subprocess.run(
+        [*NAMESPACE, script], capture_output=True, text=True, timeout=300, cwd=cwd, env={**os.environ, **WITHOUT_GPU}
+    )
 
 
 @pytest.fixture(autouse=True, scope="module")

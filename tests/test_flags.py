@@ -99,6 +99,17 @@ def test_lack_of_memory_is_one_line(error):
         utils.run_program(lambda: throw(error))
 
 
+def test_lack_of_memory_behind_another_error_is_one_line():
+    def capture():
+        try:
+            throw(torch.OutOfMemoryError("CUDA out of memory"))
+        finally:
+            throw(RuntimeError("operation failed due to a previous error during capture"))
+
+    with pytest.raises(SystemExit, match="out of memory: try a smaller --batch-size"):
+        utils.run_program(capture)
+
+
 def throw(error):
     raise error
 

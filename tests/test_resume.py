@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import random
 import shutil
@@ -13,7 +14,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import TINY, run, start
+from conftest import TINY, WITHOUT_GPU, run, start
 
 import main
 import models
@@ -113,6 +114,16 @@ def test_every_arm_resumes(tmp_path, small_mnist, monkeypatch, arm):
     run_until(monkeypatch, 4, flags(tmp_path / "cut", small_mnist, *arm, "--resume"))
     run_here(flags(tmp_path / "cut", small_mnist, *arm, "--resume"))
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("graphs", [[], ["--cuda-graphs"]], ids=["eager", "captured"])
+def test_a_run_on_a_gpu_is_cut_off_and_goes_on_there(tmp_path, small_mnist, monkeypatch, gpu, graphs):
+    run_until(monkeypatch, 14, flags(tmp_path, small_mnist, *graphs))
+    assert "goes on at task 2" in run_here(flags(tmp_path, small_mnist, *graphs, "--resume"))
+    config = json.loads((tmp_path / "results" / NAME / "config.json").read_text())
+    assert config["device"] == utils.device_name(gpu) != utils.device_name(torch.device("cpu"))
+    main.run_test(main.parse(["--test", *flags(tmp_path, small_mnist)[1:]]))
+    assert list((tmp_path / "samples").glob(f"{NAME}*.jpg"))
 
 
 def test_resume_without_a_run_starts_one_and_leaves_a_finished_one_alone(tmp_path, small_mnist, whole):
@@ -434,7 +445,8 @@ def test_killed_within_a_checkpoint_write(tmp_path, small_mnist, whole, moment):
     """Before the file is flushed, before the old one is moved away, and between that and the new one's coming."""
     script = KILLER.format(root=str(main.__file__).rsplit("/", 1)[0], left=9, moment=moment)
     arguments = flags(tmp_path, small_mnist)
-    process = subprocess.run([sys.executable, "-c", script, "-", "-", *arguments], cwd=tmp_path, capture_output=True)
+    where = {"cwd": tmp_path, "env": {**os.environ, **WITHOUT_GPU}}
+    process = subprocess.run([sys.executable, "-c", script, "-", "-", *arguments], capture_output=True, **where)
     assert process.returncode == -signal.SIGKILL, process.stderr
     run_here(flags(tmp_path, small_mnist, "--resume"))
     assert outcome(tmp_path) == whole
