@@ -30,26 +30,30 @@ class Network(nn.Sequential):
         """A copy that only answers, in evaluation mode, and does it in fewer passes over memory.
 
         Batch normalisation, then a fixed scale and shift, is multiplied into the convolution before it, and weights are
-        kept in the compute_dtype. A subclass that is more than a chain of its layers is copied as it is.
+        kept in the compute_dtype. Layers of other kinds, a subclass's too, may do more than that: they are copied as
+        they are, as is a network that is more than a chain of its layers.
         """
         if type(self).forward is not Network.forward:
             return copy.deepcopy(self).eval().requires_grad_(False)
         layers: list[nn.Module] = []
         for layer in copy.deepcopy(self).eval().requires_grad_(False):
-            fixed = isinstance(layer, nn.BatchNorm2d) and layer.track_running_stats
+            fixed = type(layer) is nn.BatchNorm2d and layer.track_running_stats
             if fixed and layers and can_be_scaled(layers[-1]):
                 transpose = isinstance(layers[-1], nn.ConvTranspose2d)
                 layers[-1] = fuse_conv_bn_eval(layers[-1], layer, transpose=transpose)
             else:
                 layers.append(layer)
-        network = Network(*layers).eval().requires_grad_(False).to(self.compute_dtype)
+        for layer in layers:
+            if type(layer) in (*CONVOLUTIONS, nn.BatchNorm2d, nn.Linear):
+                layer.to(self.compute_dtype)
+        network = Network(*layers).eval().requires_grad_(False)
         network.compute_dtype = self.compute_dtype
         return network
 
 
 def can_be_scaled(layer: nn.Module) -> bool:
     """Whether it is a convolution with a weight of its own, not one that is computed anew each time (spectral norm)."""
-    plain = isinstance(layer, nn.Conv2d) or (isinstance(layer, nn.ConvTranspose2d) and layer.groups == 1)
+    plain = type(layer) in CONVOLUTIONS and not (layer.transposed and layer.groups > 1)
     return plain and "weight" in dict(layer.named_parameters(recurse=False))
 
 
@@ -71,6 +75,9 @@ class Convolution(nn.Conv2d):
         weight = self.weight.permute(0, 2, 3, 1).flatten(1)
         y = F.linear(patches.reshape(places, weight.shape[1]), weight, self.bias)  # (places, out_channels)
         return y.view(len(x), height, width, self.out_channels).permute(0, 3, 1, 2)
+
+
+CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d, Convolution)
 
 
 class LeakyReLU(nn.LeakyReLU):

@@ -445,7 +445,9 @@ def train_scholar(options: argparse.Namespace, tasks: list[data.Task], library: 
                 stop_requested=stop_requested,
             )
             if start is not None:
-                training.load_state_dict(start["training"])
+                changed = "does not fit the networks, which have changed since: undo that, or leave out --resume"
+                with utils.reading(paths.state, f"{paths.state} {changed}"):
+                    training.load_state_dict(start["training"])
                 done = ", ".join(f"{phase} {count}" for phase, count in training.done.items())
                 print(f"{run_name(options)} goes on at task {training.task}; iterations done: {done}")
             matrix = training.run()

@@ -243,6 +243,9 @@ def save_checkpoint(path: Path, *, keep_previous: bool = False, **content: Any) 
     """Write tensors and plain values; the file appears whole or not at all, and the one before it stays until then."""
     buffer = io.BytesIO()  # torch's own writer turns a full disk into an error without a reason
     torch.save({"format": CHECKPOINT_FORMAT, **content}, buffer)
+    buffer.seek(0)
+    with reading(path, f"{path} would hold what is neither a tensor nor a plain value, which can't be read again"):
+        torch.load(buffer, weights_only=True)
 
     def write() -> None:
         with atomic_write(path, "wb", keep_as=previous(path) if keep_previous else None) as file:

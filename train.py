@@ -6,6 +6,7 @@ the live plots. All that training has come to is in its `state_dict`: a run that
 never stopped. How to learn is in `dgr.py`.
 """
 
+import csv
 import io
 import json
 import math
@@ -202,7 +203,9 @@ class Training:
     def save_state(self, phase: str = "solver") -> None:
         """Keep what training has come to, unless it is broken."""
         part = getattr(self.scholar, phase)
-        if not all(bool(value.isfinite().all()) for value in (*part.parameters(), *part.buffers())):
+        broken = [bool(value.isfinite().logical_not().any()) for value in part.parameters()]
+        broken += [bool(value.isnan().any()) for value in part.buffers()]  # which may be infinite, as a mask is
+        if any(broken):
             raise self._diverged(phase, self.done[phase])
         self._save_state()
         self._last_saved = time.monotonic()
@@ -268,9 +271,11 @@ class RunFiles(visual.Observer):
         return {"config": self._config, "metrics": self._metrics, "seconds": time.monotonic() - self._started}
 
     def scalars(self, phase: str, task: int, iteration: int, values: dict[str, float]) -> None:
-        rows = "".join(f"{phase},{task},{iteration},{name},{value!r}\n" for name, value in values.items())
-        self._metrics += rows
-        self._write_metrics(rows)
+        rows = io.StringIO()
+        when = (phase, task, iteration)
+        csv.writer(rows, lineterminator="\n").writerows((*when, name, repr(value)) for name, value in values.items())
+        self._metrics += rows.getvalue()
+        self._write_metrics(rows.getvalue())
 
     def _write_metrics(self, new: str = "") -> None:
         """Write what is new. Training goes on if that fails, and the next time everything is written."""

@@ -217,7 +217,7 @@ class LivePlots(Observer):
         with self._changed:
             for name, value in values.items():
                 window, curve = f"{phase} {name}", task
-                if name.startswith("precision-"):
+                if re.fullmatch(r"precision-\d+", name):
                     window, curve = "precision", int(name.removeprefix("precision-"))
                 at = (task - 1) * self._lengths[phase] + iteration
                 self._curves.setdefault(window, {}).setdefault(curve, {})[at] = value
@@ -745,7 +745,7 @@ def matrix_figure(arms: Sequence[Arm]) -> Figure | None:
 
 def loss_figure(arms: Sequence[Arm]) -> Figure | None:
     """Every loss over its phase's iterations, all arms in each plot; None if none was kept."""
-    keys = dict.fromkeys(key for arm in arms for key in arm.first.curves if not key[1].startswith("precision-"))
+    keys = dict.fromkeys(key for arm in arms for key in arm.first.curves if not re.fullmatch(r"precision-\d+", key[1]))
     if not keys:
         return None
     figure, all_axes = panels(len(keys), title_of([arm.first for arm in arms]))

@@ -72,6 +72,29 @@ class Doubling(gan.Network):
         return 2 * super().forward(x)
 
 
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x) + 1
+
+
+class Rectified(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class InFloat32(nn.Linear):
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
+def test_frozen_networks_keep_what_computes_in_float32_on_purpose():
+    network = gan.Network(nn.Linear(3, 4), InFloat32(4, 4))
+    network.compute_dtype = torch.bfloat16
+    x = torch.rand(5, 3)
+    assert torch.equal(network.frozen()(x), network(x))
+
+
 @pytest.mark.parametrize(
     "network",
     [
@@ -80,8 +103,13 @@ class Doubling(gan.Network):
         gan.Network(gan.Convolution(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)),
         gan.Network(spectral_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)),
         gan.Network(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 6, 3, groups=2), nn.BatchNorm2d(6)),
+        gan.Network(Doubled(3, 4, 3), nn.BatchNorm2d(4)),
+        gan.Network(nn.Conv2d(3, 4, 3), Rectified(4)),
     ],
-    ids=["more than a chain", "normalises its input", "no running statistics", "weights made anew", "grouped"],
+    ids=[
+        *("more than a chain", "normalises its input", "no running statistics", "weights made anew", "grouped"),
+        *("a convolution that does more", "a normalisation that does more"),
+    ],
 )
 def test_frozen_networks_of_ones_own_answer_as_they_do(network):
     x = torch.rand(5, 3, 8, 8)

@@ -12,6 +12,7 @@ import sys
 import time
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, WITHOUT_GPU, run, start
@@ -254,6 +255,56 @@ def test_nothing_is_written_over_with_broken_weights(tmp_path, small_mnist, monk
     kept = models.load_checkpoint(tmp_path / "checkpoints" / f"{NAME}{main.UNFINISHED}")
     assert kept["training"]["done"]["generator"] == 2
     assert all(value.isfinite().all() for value in kept["training"]["scholar"].values())
+
+
+class Own(models.VAE):
+    """A generator as somebody may write it: a buffer that is infinite, losses of any name, state of any kind."""
+
+    extra: object = 1.5
+    more = 0
+
+    def __init__(self, image_channels, options):
+        super().__init__(image_channels, options)
+        self.register_buffer("mask", torch.full((2 + self.more, 2), -torch.inf).triu(1))
+
+    def update(self, inputs):
+        losses = super().update(inputs)
+        return {'a, "b"': losses["reconstruction"], "precision-of-all": losses["divergence"]}
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+
+@pytest.fixture
+def own(tmp_path, small_mnist, monkeypatch) -> list[str]:
+    monkeypatch.setitem(models.GENERATORS, "own", Own)
+    return flags(tmp_path, small_mnist, "--generator=own")
+
+
+def test_losses_of_any_name_and_infinite_buffers_are_kept(own, tmp_path, monkeypatch):
+    run_until(monkeypatch, 14, own)
+    run_here([*own, "--resume"])
+    run = visual.Run(tmp_path / "results" / f"{NAME}-own")
+    assert len(run.curves["generator", 'a, "b"']) == len(run.curves["generator", "precision-of-all"]) == 4
+    plots = visual.LivePlots(run, "localhost", 1)
+    plots.close()
+    assert visual.loss_figure(visual.arms_of([run])[run.experiment]) is not None
+
+
+def test_state_that_could_not_be_read_again_is_refused_at_once(own, monkeypatch):
+    monkeypatch.setattr(Own, "extra", np.zeros(3))
+    with pytest.raises(UserError, match="neither a tensor nor a plain value"):
+        run_here(own)
+
+
+def test_resume_with_a_changed_network_is_one_line(own, monkeypatch):
+    run_until(monkeypatch, 14, own)
+    monkeypatch.setattr(Own, "more", 1)
+    with pytest.raises(UserError, match=r"\.unfinished.* does not fit the networks.*leave out --resume.*mask"):
+        run_here([*own, "--resume"])
 
 
 # ------------------------------------------------------------------------------ signals, kills, two runs at once
