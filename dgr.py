@@ -176,7 +176,7 @@ class ReplayMode(nn.Module):
         self.targets = targets
 
     def sample(self, n: int) -> Pairs:
-        """n replayed pairs (x', y')."""
+        """n replayed pairs (x', y'); n may be 0."""
         raise NotImplementedError
 
     def inputs(self, n: int) -> Tensor:

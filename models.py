@@ -244,7 +244,7 @@ def save_checkpoint(path: Path, *, keep_previous: bool = False, **content: Any) 
     buffer = io.BytesIO()  # torch's own writer turns a full disk into an error without a reason
     torch.save({"format": CHECKPOINT_FORMAT, **content}, buffer)
     buffer.seek(0)
-    with reading(path, f"{path} would hold what is neither a tensor nor a plain value, which can't be read again"):
+    with reading(path, f"{path} can't hold what a get_extra_state gives: neither a tensor nor a plain value"):
         torch.load(buffer, map_location="meta", weights_only=True)  # its structure alone
 
     def write() -> None:

@@ -203,9 +203,9 @@ class Training:
     def save_state(self, phase: str = "solver") -> None:
         """Keep what training has come to, unless it is broken."""
         part = getattr(self.scholar, phase)
-        broken = [bool(value.isfinite().logical_not().any()) for value in part.parameters()]
-        broken += [bool(value.isnan().any()) for value in part.buffers()]  # which may be infinite, as a mask is
-        if any(broken):
+        sound = [value.isfinite().all() for value in part.parameters()]
+        sound += [~value.isnan().any() for value in part.buffers()]  # which may be infinite, as a mask is
+        if not all(sound):
             raise self._diverged(phase, self.done[phase])
         self._save_state()
         self._last_saved = time.monotonic()

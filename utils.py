@@ -58,7 +58,7 @@ def run_program(main: Callable[[], None]) -> None:
     except UserError as error:
         end(f"error: {error}")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(whole_story(error)):
+        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(messages(error)):
             raise
         end(
             "error: out of memory: try a smaller --batch-size, --solver-channel-size or --generator-c-channel-size and "
@@ -74,9 +74,9 @@ def run_program(main: Callable[[], None]) -> None:
         end("stopped")
 
 
-def whole_story(error: BaseException | None) -> str:
+def messages(error: BaseException | None) -> str:
     """What an error says, and those it came of: out of memory, a capture of updates ends in an error of its own."""
-    return "" if error is None else f"{error} {whole_story(error.__context__)}"
+    return "" if error is None else f"{error} {messages(error.__context__)}"
 
 
 def give_up_output() -> None:

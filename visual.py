@@ -60,6 +60,9 @@ def task_dash(task: int) -> Any:
     return TASK_DASHES[(task - 1) % len(TASK_DASHES)]
 
 
+PRECISION = re.compile(r"precision-(\d+)")  # among the names of scalars: that on task 1, 2, ...; others are losses
+
+
 class Observer:
     """Told what happens in a run; does nothing unless a subclass says so. Tasks and iterations count from 1."""
 
@@ -217,8 +220,8 @@ class LivePlots(Observer):
         with self._changed:
             for name, value in values.items():
                 window, curve = f"{phase} {name}", task
-                if re.fullmatch(r"precision-\d+", name):
-                    window, curve = "precision", int(name.removeprefix("precision-"))
+                if found := PRECISION.fullmatch(name):
+                    window, curve = "precision", int(found[1])
                 at = (task - 1) * self._lengths[phase] + iteration
                 self._curves.setdefault(window, {}).setdefault(curve, {})[at] = value
                 self._show(window)
@@ -745,7 +748,7 @@ def matrix_figure(arms: Sequence[Arm]) -> Figure | None:
 
 def loss_figure(arms: Sequence[Arm]) -> Figure | None:
     """Every loss over its phase's iterations, all arms in each plot; None if none was kept."""
-    keys = dict.fromkeys(key for arm in arms for key in arm.first.curves if not re.fullmatch(r"precision-\d+", key[1]))
+    keys = dict.fromkeys(key for arm in arms for key in arm.first.curves if not PRECISION.fullmatch(key[1]))
     if not keys:
         return None
     figure, all_axes = panels(len(keys), title_of([arm.first for arm in arms]))

@@ -101,7 +101,7 @@ def keep_ablations(results: Path) -> None:
 def stays(row: dict[str, str], options: dict) -> bool:
     """Whether a row of metrics stays: all precisions, and of the losses every fifth measurement."""
     every = 5 * options["loss_log_interval"]
-    return row["name"].startswith("precision-") or int(row["iteration"]) % every == 0
+    return bool(visual.PRECISION.fullmatch(row["name"])) or int(row["iteration"]) % every == 0
 
 
 def size_of(run: visual.Run) -> str:
