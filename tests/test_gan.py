@@ -276,6 +276,25 @@ def test_convolution_is_a_convolution(batch, kernel, stride, padding):
             torch.testing.assert_close(ours(x.to(memory_format=layout)), plain(x))
 
 
+@pytest.mark.parametrize(("k", "stride"), [(1, 1), (3, 1), (3, 2), (4, 2), (2, 3)])
+def test_patches_are_those_of_unfold(k, stride):
+    """In value and gradient to the last bit, in their second derivatives too."""
+
+    def unfolded(x, k, stride):
+        return x.unfold(1, k, stride).unfold(2, k, stride).permute(0, 1, 2, 4, 5, 3)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(3, 7, 9, 5, dtype=dtype).requires_grad_()
+        patches, expected = gan.Patches.apply(x, k, stride), unfolded(x, k, stride)
+        assert torch.equal(patches, expected)
+        weights = torch.randn_like(expected)
+        ours, theirs = (torch.autograd.grad(y, x, weights) for y in (patches, expected))
+        assert torch.equal(*ours, *theirs)
+    x = torch.randn(2, 5, 6, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(gan.Patches.apply, (x, k, stride))
+    assert torch.autograd.gradgradcheck(lambda x: gan.Patches.apply(x, k, stride).sin(), (x,))
+
+
 def test_critic_tells_noise_from_digits_after_training():
     """The estimate of the distance grows when only the critic learns."""
     wgan = small_wgan(critic_updates=30)
