@@ -615,10 +615,13 @@ def run_test(options: argparse.Namespace) -> None:
             "--sample-log"
         )
     scholar_options = take(options, models.ScholarOptions)
-    scholar = models.make_scholar(checkpoint["image_channels"], checkpoint["classes"], scholar_options)
+    device = utils.choose_device(gpus=not options.no_gpus)
+    dtype = utils.choose_precision(options.precision, device)
+    channels, classes = checkpoint["image_channels"], checkpoint["classes"]
+    scholar = models.make_scholar(channels, classes, scholar_options, compute_dtype=dtype)
     with utils.reading(paths.scholar, f"{paths.scholar} does not fit the flags"):
         scholar.load_state_dict(checkpoint["scholar"])
-    scholar.to(utils.choose_device(gpus=not options.no_gpus))
+    scholar.to(device)
     visual.save_samples(sample_grid(scholar.generator, options), paths.drawn)
     print(f"samples: {paths.drawn}")
 

@@ -23,6 +23,17 @@ def small_scholar(image_channels: int = 1) -> dgr.Scholar:
     return models.make_scholar(image_channels, 10, SMALL)
 
 
+# Enough channels that the last convolutions of solver and critic are products of matrices, with batches of 8.
+WIDE = replace(
+    SMALL,
+    solver_depth=5,
+    solver_reducing_layers=3,
+    solver_channel_size=256,
+    generator_g_channel_size=16,
+    generator_c_channel_size=16,
+)
+
+
 def generative_replay(scholar: dgr.Scholar, block: int = 512) -> dgr.GenerativeReplay:
     replay = dgr.GenerativeReplay(scholar, [Constant(0.5, 1)], HARD)
     replay.block = block
@@ -267,6 +278,36 @@ def test_solver_loss_equals_equation_1(r):
     torch.testing.assert_close(torch.autograd.grad(loss, weights), torch.autograd.grad(expected, weights))
 
 
+def smooth(net):
+    """Without ReLUs: where rounding turns the sign of what one sees, its gradient is another, in plain PyTorch too."""
+    return nn.Sequential.__init__(net, *(nn.Softplus() if isinstance(layer, nn.ReLU) else layer for layer in net))
+
+
+# In bf16: see benchmarks/README.md.
+@pytest.mark.parametrize(("dtype", "bound", "gradients_bound"), [(None, 1e-4, 1e-4), (torch.bfloat16, 1e-2, 0.1)])
+@pytest.mark.parametrize("part", ["solver", "generator"])
+def test_losses_in_each_precision_are_close_to_the_reference(part, dtype, bound, gradients_bound):
+    """Value and gradient."""
+    scholar = models.make_scholar(1, 10, WIDE, compute_dtype=dtype)
+    own = getattr(scholar, part)
+    smooth(own.net)
+    net, _ = reference.plain(own.net, WIDE)
+    critic, _ = reference.plain(scholar.generator.critic, WIDE)
+    for plain in (net.double(), critic.double()):
+        plain.compute_dtype = None
+    if part == "solver":
+        current, replayed = ((torch.rand(8, 1, 32, 32), torch.randint(10, (8,))) for _ in range(2))
+        loss = dgr.solver_loss(own, current, replayed, 0.3)
+        expected = reference.equation_1(net, current[0].double(), current[1], replayed[0].double(), replayed[1], 0.3)
+    else:
+        z = own.noise(16)
+        loss = gan.generator_loss(own.critic, own.net(z))
+        expected = -critic(net(z.double())).mean()
+    assert relative_error(loss, expected) < bound
+    gradients = (torch.autograd.grad(of, [*n.parameters()]) for of, n in ((loss, own.net), (expected, net)))
+    assert relative_error(*(torch.cat([each.flatten() for each in of]) for of in gradients)) < gradients_bound
+
+
 def test_solver_loss_without_replay_has_no_second_term():
     solver = small_scholar().solver.double()
     (x, y), nothing = pairs(5), (torch.zeros(0, 1, 32, 32, dtype=torch.float64), torch.zeros(0, dtype=torch.int64))
@@ -339,6 +380,43 @@ def test_learn_solver_is_adam_on_equation_1():
         optimiser.step()
     for ours, theirs in zip(scholar.solver.net.parameters(), solver.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_no_update_waits_for_a_number():
+    """Losses stay where they are: the size of the mix, drawn on the CPU, is all that an update reads of a tensor."""
+
+    class Reads(torch.utils._python_dispatch.TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    scholar = small_scholar()
+    how = {"r": 0.5, "iterations": 5, "batch_size": 4}
+    for part, learn, expected in (("generator", dgr.learn_generator, 5), ("solver", dgr.learn_solver, 0)):
+        updates = learn(getattr(scholar, part), Constant(0.1, 1), generative_replay(scholar), **how)
+        with Reads() as reads:
+            list(updates)
+        assert reads.count == expected * SMALL.generator_c_updates_per_g_update
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_updates_are_repeatable_on_two_threads(dtype):
+    """Bit for bit."""
+    threads, states = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(2)
+        for _ in range(2):
+            torch.manual_seed(1)
+            scholar = models.make_scholar(1, 10, WIDE, compute_dtype=dtype)
+            current, how = Constant(0.1, 1), {"r": 0.5, "iterations": 3, "batch_size": 8}
+            list(dgr.learn_generator(scholar.generator, current, generative_replay(scholar), **how))
+            list(dgr.learn_solver(scholar.solver, current, generative_replay(scholar), **how))
+            states.append(state(scholar))
+    finally:
+        torch.set_num_threads(threads)
+    assert_same_state(scholar, states[0])
 
 
 # ------------------------------------------------------------------------------------------- generator and CNN
@@ -490,20 +568,33 @@ def losses_of_updates(scholar, device, times):
 
 
 def losses_in_step(first, second, device, times):
-    """All losses of so many updates of two scholars, the second one put where the first is after each."""
+    """All losses of so many updates of two scholars, the second one put where the first is after each.
+
+    And how far apart their steps were at most, in lengths of the first one's: 1 if one is left out or made twice.
+    """
     how = {"r": 0.3, "iterations": times, "batch_size": 8}
     x, y = torch.rand(64, 1, 32, 32, device=device), torch.randint(10, (64,), device=device)
-    losses = [], []
+    losses, apart = ([], []), 0.0
     for part, learn in (("generator", dgr.learn_generator), ("solver", dgr.learn_solver)):
         updates = [
             learn(getattr(each, part), Rows(x[:32], y[:32]), Rows(x[32:], y[32:]), **how) for each in (first, second)
         ]
         for number in range(times):
+            before = weights_by_optimiser(first)
             for own, update in zip(losses, updates, strict=True):
                 torch.manual_seed(number)
                 own.extend(next(update).values())
+            for start, mine, yours in zip(before, *map(weights_by_optimiser, (first, second)), strict=True):
+                length = (mine - start).norm().clamp(min=1e-30)  # of networks whose turn it is not, it is 0
+                apart = max(apart, ((yours - mine).norm() / length).item())
             put_where(second, first)
-    return [torch.stack(own) for own in losses]
+    return *(torch.stack(own) for own in losses), apart
+
+
+def weights_by_optimiser(scholar):
+    """What each optimiser moves, as one vector: the generator's, the critic's and the solver's weights."""
+    parameters = [adam.param_groups[0]["params"] for adam in train.optimisers_of(scholar).values()]
+    return [torch.cat([weight.detach().flatten() for weight in each]) for each in parameters]
 
 
 def put_where(scholar, other):
@@ -565,7 +656,8 @@ def test_captured_updates_are_the_updates(parts, monkeypatch):
     assert torch.equal(losses_of_updates(plain, "cpu", times), losses_of_updates(captured, "cpu", times))
     assert_same_state(captured, plain.state_dict())
     assert len(recorded) == len(captured.generator.functions_of_tensors) + 1
-    assert torch.equal(*losses_in_step(*scholars(replace(SMALL, **parts), "cpu"), "cpu", times))
+    eager, graphs, apart = losses_in_step(*scholars(replace(SMALL, **parts), "cpu"), "cpu", times)
+    assert torch.equal(eager, graphs) and apart == 0
     del recorded[len(captured.generator.functions_of_tensors) + 1 :]
     some = Rows(torch.rand(4, 1, 32, 32), torch.arange(4))
     list(dgr.learn_solver(captured.solver, some, some, r=0.5, iterations=times, batch_size=8))
@@ -578,6 +670,7 @@ def test_captured_and_eager_updates_give_the_same_losses_on_a_gpu(parts, dtype, 
     """In step, because two trainings drift apart wherever a kernel rounds another way."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     plain, captured = scholars(replace(SMALL, **parts), gpu, compute_dtype=dtype)
-    eager, graphs = losses_in_step(plain, captured, gpu, 100)
+    eager, graphs, apart = losses_in_step(plain, captured, gpu, 100)
     tolerance = 1e-3 if dtype is None else 5e-2
     torch.testing.assert_close(graphs, eager, rtol=tolerance, atol=tolerance)
+    assert apart < 0.5

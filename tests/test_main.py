@@ -321,6 +321,15 @@ def test_samples_repeat_under_a_seed(copy_of_trained):
     assert drawn("--seed=4") == drawn("--seed=4") != drawn("--seed=5")
 
 
+def test_samples_are_drawn_in_the_precision_asked_for(copy_of_trained):
+    pictures = {}
+    for precision in ("fp32", "bf16"):
+        assert draw(copy_of_trained, f"--precision={precision}", start=run).returncode == 0
+        pictures[precision] = (copy_of_trained / "samples" / f"{NAME}-sample.jpg").read_bytes()
+    assert pictures["fp32"] != pictures["bf16"]
+    assert_one_line_error(draw(copy_of_trained, "--precision=tf32"), 1, "--precision tf32")
+
+
 def test_samples_of_no_checkpoint(tmp_path):
     assert_one_line_error(draw(tmp_path), 1, f"no scholar at checkpoints/{NAME}", "--train")
 
