@@ -75,9 +75,9 @@ class Patches(torch.autograd.Function):
 
 
 class SumOfPatches(torch.autograd.Function):
-    """Patches added up where they were seen: the derivative of `Patches`, as it is this one's.
+    """Patches added up where they were seen. This and `Patches` are each other's derivative.
 
-    What `unfold` has for its derivative comes to the same, to the last bit, and takes ten times as long.
+    The derivative that `unfold` has comes to the same, to the last bit, and takes ten times as long.
     """
 
     @staticmethod
