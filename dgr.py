@@ -1,14 +1,14 @@
 """Deep generative replay: the method (Shin, Lee, Kim and Kim 2017, arXiv 1705.08690, section 3).
 
-Tasks arrive one after another, each with its own data D_i. A scholar H = (G, S) is a generator and a solver.
-The scholar of task i learns from D_i and from the scholar of task i-1 alone (section 3.1):
+Tasks arrive one after another, each with its own data D_i. A scholar H = (G, S) is a generator and a solver. The
+scholar of task i learns from D_i and from the scholar of task i-1, and from nothing else (section 3.1):
 
     G learns a mix of current inputs x and replayed inputs x' (`mixed_inputs`),
     S learns real pairs (x, y) and replayed pairs (x', y') (`solver_loss`, equation 1).
 
-The new scholar goes on from the old one's weights (in a chain, from new ones); the old one is a frozen copy. Where the
-pairs (x', y') come from is the replay mode, an object with one method, `sample(n)` (and `inputs(n)`, where x' alone is
-cheaper). In generative replay x' is drawn by the old scholar's generator, and y' is its solver's answer to x'.
+The new scholar starts from the old one's weights (in a chain, from fresh ones); the old one is a frozen copy. The
+replay mode decides where the pairs (x', y') come from: it is an object with `sample(n)`, and `inputs(n)` where x' alone
+is cheaper. In generative replay the old generator draws x', and the old solver answers it with y'. No replay is None.
 """
 
 import copy
@@ -27,7 +27,7 @@ Pairs = tuple[Tensor, Tensor]
 
 
 class Source(Protocol):
-    """Anything pairs can be drawn from, and inputs alone: a task's data, or a replay mode."""
+    """Anything that yields pairs, or inputs alone: the data of a task, or a replay mode."""
 
     def sample(self, n: int) -> Pairs: ...
 
@@ -35,21 +35,21 @@ class Source(Protocol):
 
 
 @contextmanager
-def answering(module: nn.Module) -> Iterator[None]:
-    """Use a network without changing it: no gradients, evaluation mode, buffers and the network's mode as they were."""
-    training = module.training
-    module.eval()
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Use a network without changing it: evaluation mode, no gradients, and its own mode restored afterwards."""
+    training = network.training
+    network.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        module.train(training)
+        network.train(training)
 
 
 def frozen(network: nn.Module) -> nn.Module:
-    """A copy that only answers: evaluation mode, no parameter that asks for a gradient.
+    """A copy in evaluation mode whose parameters never learn.
 
-    A network that knows a cheaper copy with the same answers has a method of this name.
+    A network that can make a cheaper copy with the same answers has a method of this name.
     """
     with torch.no_grad():
         if hasattr(network, "frozen"):
@@ -57,13 +57,10 @@ def frozen(network: nn.Module) -> nn.Module:
         return copy.deepcopy(network).eval().requires_grad_(False)
 
 
-# ------------------------------------------------------------------------------------------------ the scholar
-
-
 class Generator(nn.Module):
     """G: draws images from noise, z -> x. Subclasses say how it learns (`update`).
 
-    net: from noise (n, z_size), standard normal, to images (n, channels, 32, 32) in [0, 1].
+    net: maps noise (n, z_size), standard normal, to images (n, channels, 32, 32) in [0, 1].
     """
 
     def __init__(self, net: nn.Module, z_size: int):
@@ -72,20 +69,20 @@ class Generator(nn.Module):
         self.z_size = z_size
 
     def noise(self, n: int) -> Tensor:
-        """z: (n, z_size), standard normal; never in less than float32."""
+        """z: (n, z_size), standard normal, in float32 or wider."""
         weight = next(self.net.parameters())
         dtype = torch.promote_types(weight.dtype, torch.float32)
         return torch.randn(n, self.z_size, dtype=dtype, device=weight.device)
 
     def sample(self, n: int, z: Tensor | None = None) -> Tensor:
         """x' ~ G: (n, channels, 32, 32) in [0, 1], from fresh noise or from z (n, z_size)."""
-        with answering(self.net):
+        with evaluating(self.net):
             return self.net(self.noise(n) if z is None else z)
 
     def update(self, inputs: Callable[[], Tensor]) -> dict[str, Tensor]:
-        """One iteration of learning. Returns losses by name, detached.
+        """Learn for one iteration. Returns losses by name, detached.
 
-        inputs: gives a fresh batch at every call, (batch_size, channels, 32, 32).
+        inputs: returns a fresh batch (batch_size, channels, 32, 32) each time it is called.
         """
         raise NotImplementedError
 
@@ -97,7 +94,7 @@ class Generator(nn.Module):
 class Solver(nn.Module):
     """S: answers images, x -> y.
 
-    net: from images (n, channels, 32, 32) to class scores (n, classes).
+    net: maps images (n, channels, 32, 32) to class scores (n, classes).
     """
 
     def __init__(self, net: nn.Module):
@@ -110,16 +107,16 @@ class Solver(nn.Module):
 
     def answer(self, x: Tensor) -> Tensor:
         """S(x): the class with the highest score, (n,) int64."""
-        with answering(self):
+        with evaluating(self):
             return self(x).argmax(dim=1)
 
     def answer_softly(self, x: Tensor, temperature: float) -> Tensor:
-        """softmax(scores / temperature): class probabilities (n, classes), the more even the higher the temperature."""
-        with answering(self):
+        """softmax(scores / temperature): class probabilities (n, classes); a higher temperature evens them out."""
+        with evaluating(self):
             return (self(x) / temperature).softmax(dim=1)
 
-    def update(self, loss: Callable[[Pairs, Pairs], Tensor], current: Pairs, replayed: Pairs) -> dict[str, Tensor]:
-        """One step down the gradient of loss(current, replayed), equation 1. Returns {"loss": its value}, detached."""
+    def update(self, loss: Callable[..., Tensor], current: Pairs, replayed: Pairs | None) -> dict[str, Tensor]:
+        """Take one step down the gradient of loss(current, replayed), equation 1. Returns {"loss": value}, detached."""
         raise NotImplementedError
 
     def remember(self) -> "Solver":
@@ -141,12 +138,9 @@ class Scholar(nn.Module):
         return Scholar(self.generator.remember(), self.solver.remember())
 
 
-# ----------------------------------------------------------------------------------------------- replay modes
-
-
 @dataclass(frozen=True)
 class Targets:
-    """y' of equation 1: what the new solver is to answer to replayed inputs.
+    """y' of equation 1: the labels of replayed images.
 
     kind: "true" (the stored label), "hard" (the old solver's class) or "soft" (its class probabilities at this
     temperature; Hinton et al. 2015, arXiv 1503.02531).
@@ -155,20 +149,20 @@ class Targets:
     kind: str
     temperature: float = 1.0
 
-    def of(self, old_solver: Solver, x: Tensor) -> Tensor:
+    def answers(self, old_solver: Solver, x: Tensor) -> Tensor:
         """The old solver's answers to x: (n,) int64, or (n, classes) float if soft."""
         return old_solver.answer_softly(x, self.temperature) if self.kind == "soft" else old_solver.answer(x)
 
 
 class ReplayMode(nn.Module):
-    """Where pairs of the past come from; a module, so that its state can be kept and restored.
+    """The source of replayed pairs; a module, so that its state can be saved and restored.
 
-    old_scholar: H_{i-1}. old_tasks: the data of tasks 1..i-1, never empty, for references that may see them.
+    old_scholar: H_{i-1}. old_tasks: the data of tasks 1 to i-1, for baselines that may see them.
     """
 
-    target_kinds: tuple[str, ...] = ("hard", "soft")  # what it can have as y'; the first is the default
-    needs_generator = False  # whether it draws from the old generator, which then has to learn
-    block = 64  # pairs that a model draws at once; the task loop sets it to what the device is fastest with
+    target_kinds: tuple[str, ...] = ("hard", "soft")  # the kinds of y' it supports; the first one is the default
+    needs_generator = False  # whether it draws from the old generator, which then has to be trained
+    block = 64  # pairs that a model draws at once; the task loop sets it to what suits the device
 
     def __init__(self, old_scholar: Scholar, old_tasks: Sequence[Source], targets: Targets):
         super().__init__()
@@ -180,26 +174,12 @@ class ReplayMode(nn.Module):
         raise NotImplementedError
 
     def inputs(self, n: int) -> Tensor:
-        """n replayed inputs x', for the generator; modes override it to leave out the search for y'."""
+        """n replayed inputs x', for the generator; override it where y' would cost extra."""
         return self.sample(n)[0]
 
 
-class NoReplay(ReplayMode):
-    """Sequential training, the lower reference: nothing of the past comes back."""
-
-    target_kinds = ()
-
-    def __init__(self, old_scholar: Scholar, old_tasks: Sequence[Source], targets: Targets):
-        nn.Module.__init__(self)
-        self._nothing = old_tasks[0].sample(0)
-
-    def sample(self, n: int) -> Pairs:
-        """No pairs, whatever n."""
-        return self._nothing
-
-
 class ExactReplay(ReplayMode):
-    """Stored real inputs of all old tasks, each task equally often: the upper reference."""
+    """Stored real inputs, every old task equally often: the upper reference."""
 
     target_kinds = ("true", "hard", "soft")
 
@@ -208,12 +188,12 @@ class ExactReplay(ReplayMode):
         self.old_tasks = old_tasks
 
     def sample(self, n: int) -> Pairs:
-        """n real inputs in the order of their tasks, with their labels or the old solver's answers."""
+        """n real inputs, task by task, with their true labels or the old solver's answers."""
         x, y = self._stored(n)
-        return x, y if self.targets.kind == "true" else self.targets.of(self.old_scholar.solver, x)
+        return x, y if self.targets.kind == "true" else self.targets.answers(self.old_scholar.solver, x)
 
     def inputs(self, n: int) -> Tensor:
-        """n real inputs in the order of their tasks."""
+        """n real inputs, task by task."""
         return self._stored(n)[0]
 
     def _stored(self, n: int) -> Pairs:
@@ -224,32 +204,34 @@ class ExactReplay(ReplayMode):
 
 
 class ModelReplay(ReplayMode):
-    """Replay without old data: inputs of a model, answered by the old solver.
+    """Replay without old data: inputs that a model draws, answered by the old solver.
 
-    They are drawn `block` at a time and handed out once.
+    They are drawn `block` at a time, and each is used once.
     """
 
     def __init__(self, old_scholar: Scholar, old_tasks: Sequence[Source], targets: Targets):
         super().__init__(old_scholar, old_tasks, targets)
-        self._drawn: dict[str, tuple[Tensor, ...]] = {}  # not yet handed out: (x',) for the generator, (x', y')
+        self._drawn: dict[
+            str, tuple[Tensor, ...]
+        ] = {}  # not used yet: (x',) for the generator, (x', y') for the solver
 
     def draw(self, n: int) -> Tensor:
-        """n fresh inputs x', in random order: they are handed out in turn."""
+        """n fresh inputs x', in random order: they are used in the order drawn."""
         raise NotImplementedError
 
     def sample(self, n: int) -> Pairs:
-        """n replayed pairs (x', y'), the next ones of the block."""
+        """The next n replayed pairs (x', y')."""
         return self._next("pairs", n)
 
     def inputs(self, n: int) -> Tensor:
-        """n replayed inputs x', the next ones of the block."""
+        """The next n replayed inputs x'."""
         return self._next("inputs", n)[0]
 
     def _next(self, kind: str, n: int) -> tuple[Tensor, ...]:
         drawn = self._drawn.get(kind, ())
         if not drawn or len(drawn[0]) < n:
             x = self.draw(max(self.block, n))
-            fresh = (x, self.targets.of(self.old_scholar.solver, x)) if kind == "pairs" else (x,)
+            fresh = (x, self.targets.answers(self.old_scholar.solver, x)) if kind == "pairs" else (x,)
             drawn = tuple(map(torch.cat, zip(drawn, fresh, strict=True))) if drawn else fresh
         self._drawn[kind] = tuple(part[n:] for part in drawn)
         return tuple(part[:n] for part in drawn)
@@ -258,13 +240,12 @@ class ModelReplay(ReplayMode):
         return {kind: tuple(part.clone() for part in drawn) for kind, drawn in self._drawn.items()}
 
     def set_extra_state(self, state: dict[str, tuple[Tensor, ...]]) -> None:
-        # In this scholar's memory: a state may have been read on another device.
-        device = next(self.old_scholar.parameters()).device
+        device = next(self.old_scholar.parameters()).device  # the state may come from another one
         self._drawn = {kind: tuple(part.to(device) for part in drawn) for kind, drawn in state.items()}
 
 
 class GenerativeReplay(ModelReplay):
-    """Inputs of the old generator, answered by the old solver: the method."""
+    """Inputs from the old generator, answered by the old solver: the method."""
 
     needs_generator = True
 
@@ -273,10 +254,10 @@ class GenerativeReplay(ModelReplay):
 
 
 class NoiseReplay(ModelReplay):
-    """Gaussian noise for inputs, answered by the old solver: shows what the inputs of the generator are worth.
+    """Gaussian noise as inputs, answered by the old solver: shows what the generator's inputs are worth.
 
-    The noise has the mean and the deviation of the images' values: with any others, the solver's batch normalisation
-    would take statistics that fit neither. x' may lie outside [0, 1].
+    The noise has the mean and standard deviation of the images' values; with any others, the solver's batch
+    normalisation would collect statistics that fit neither. x' may lie outside [0, 1].
     """
 
     def __init__(self, old_scholar: Scholar, old_tasks: Sequence[Source], targets: Targets):
@@ -290,20 +271,17 @@ class NoiseReplay(ModelReplay):
         return mean + deviation * torch.randn(n, *self._shape, device=mean.device)
 
 
-# A new mode is one class like these and one line here.
-REPLAY_MODES: dict[str, type[ReplayMode]] = {
-    "none": NoReplay,
+# To add a mode, write a class like these and add a line here.
+REPLAY_MODES: dict[str, type[ReplayMode] | None] = {
+    "none": None,  # sequential training: the lower reference
     "exact-replay": ExactReplay,
     "generative-replay": GenerativeReplay,
     "noise-replay": NoiseReplay,
 }
 
 
-# ---------------------------------------------------------------------------------------- learning a new task
-
-
 def importance_of_new_task(setting: float | str, task: int) -> float:
-    """r of equation 1 at task 1, 2, ...: the setting itself, or 1/task for "auto", which weighs all tasks alike.
+    """r of equation 1 at task 1, 2, ...: the setting itself, or 1/task for "auto", which weighs all tasks equally.
 
     The first task has nothing to be weighed against: r is 1.
     """
@@ -313,13 +291,13 @@ def importance_of_new_task(setting: float | str, task: int) -> float:
 
 
 def mixed_inputs(current: Source, replay: Source | None, r: float, n: int) -> Tensor:
-    """n inputs G learns from: each is current, x ~ D_i, with probability r, else replayed, x' (section 3.1).
+    """n inputs for G: each is current, x ~ D_i, with probability r, and otherwise replayed, x' (section 3.1).
 
-    (n, channels, 32, 32), the current ones first.
+    Returns (n, channels, 32, 32), the current ones first.
     """
     if replay is None or r == 1:
         return current.inputs(n)
-    # Drawn on the CPU: a count taken from the GPU would make every batch wait for it.
+    # Counted on the CPU: every batch would wait for a count that is on the GPU.
     k = int((torch.rand(n, device="cpu") < r).sum())
     return torch.cat([current.inputs(k), replay.inputs(n - k)])
 
@@ -327,23 +305,24 @@ def mixed_inputs(current: Source, replay: Source | None, r: float, n: int) -> Te
 def loss(scores: Tensor, y: Tensor, temperature: float = 1.0) -> Tensor:
     """The mean cross-entropy of scores (n, classes) with classes y (n,), or with probabilities y (n, classes).
 
-    Probabilities were taken at this temperature, and so are the scores; its square keeps the gradient's size (Hinton et
-    al. 2015, section 2).
+    Scores are divided by the temperature at which probabilities were taken; its square restores the gradient's size
+    (Hinton et al. 2015, section 2).
     """
     if y.is_floating_point():
         return temperature**2 * F.cross_entropy(scores / temperature, y)
     return F.cross_entropy(scores, y)
 
 
-def solver_loss(solver: Solver, current: Pairs, replayed: Pairs, r: float, temperature: float = 1.0) -> Tensor:
+def solver_loss(solver: Solver, current: Pairs, replayed: Pairs | None, r: float, temperature: float = 1.0) -> Tensor:
     """Equation 1: r * E_{D_i}[loss(S_i(x), y)] + (1 - r) * E_{G_{i-1}}[loss(S_i(x'), y')], y' = S_{i-1}(x').
 
-    What y' is exactly: see `Targets`. Without replayed pairs the second term is empty and the first has weight 1.
+    `Targets` says what y' is. Without replay the loss is E_{D_i}[loss(S_i(x), y)].
     """
-    (x, y), (x_replayed, y_replayed) = current, replayed
-    if len(y_replayed) == 0:
+    x, y = current
+    if replayed is None:
         return loss(solver(x), y, temperature)
-    # One forward for both: in two, batch normalisation would normalise each kind apart.
+    x_replayed, y_replayed = replayed
+    # One forward pass for both: in two, batch normalisation would normalise each kind separately.
     scores, scores_replayed = solver(torch.cat([x, x_replayed])).split([len(y), len(y_replayed)])
     return r * loss(scores, y, temperature) + (1 - r) * loss(scores_replayed, y_replayed, temperature)
 
@@ -351,7 +330,7 @@ def solver_loss(solver: Solver, current: Pairs, replayed: Pairs, r: float, tempe
 def learn_generator(
     generator: Generator, current: Source, replay: Source | None, *, r: float, iterations: int, batch_size: int
 ) -> Iterator[dict[str, Tensor]]:
-    """Let G learn the inputs of all tasks so far. Yields the losses of each iteration by name."""
+    """Train G on the inputs of all tasks so far. Yields the losses of each iteration by name."""
     generator.train()
     for _ in range(iterations):
         yield generator.update(lambda: mixed_inputs(current, replay, r, batch_size))
@@ -367,10 +346,9 @@ def learn_solver(
     batch_size: int,
     temperature: float = 1.0,
 ) -> Iterator[dict[str, Tensor]]:
-    """Let S learn the answers of all tasks so far. Yields the loss of each iteration by name."""
+    """Train S on the answers of all tasks so far. Yields the loss of each iteration by name."""
     solver.train()
     equation_1 = partial(solver_loss, solver, r=r, temperature=temperature)
     for _ in range(iterations):
         pairs = current.sample(batch_size)
-        replayed = current.sample(0) if replay is None else replay.sample(batch_size)
-        yield solver.update(equation_1, pairs, replayed)
+        yield solver.update(equation_1, pairs, None if replay is None else replay.sample(batch_size))

@@ -1,53 +1,72 @@
-"""The generators and solvers that a scholar is made of.
+"""Generators and solvers: the networks, how they learn, and the device and number format they compute in.
 
-A WGAN-GP or a VAE that learns the inputs, and a classifier (CNN or MLP) that learns the answers, as the interfaces in
-`dgr.py` ask for; and the checkpoints that keep them.
+`WGAN` and `VAE` learn the inputs, `CNN` and `MLP` learn the answers, through the interfaces in `dgr.py`. To add one,
+write a class like these and add a line to `GENERATORS` or `SOLVERS`; its options are fields of the dataclasses below.
 """
 
-import io
+import copy
+import gc
 import warnings
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import dgr
 import gan
-from utils import Captured, UserError, atomic_write, reading
+from utils import UserError, option
+
+IMAGE_SIZE = 32
+
+
+DTYPES = "number format of the networks; auto: bfloat16 where it is faster (GPUs, CPUs with AMX, AMD with AVX512-BF16)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScholarOptions:
-    """What a scholar is made of; the fields are the options of the same names, which `./main.py --help` explains."""
+    """What a scholar is made of."""
 
-    generator: str = "wgan"
-    generator_lambda: float = 10.0
-    generator_z_size: int = 100
-    generator_c_channel_size: int = 64
-    generator_g_channel_size: int = 64
-    generator_c_updates_per_g_update: int = 5
-    solver: str = "cnn"
-    solver_depth: int = 5
-    solver_reducing_layers: int = 3
-    solver_channel_size: int = 1024
-    lr: float = 1e-4
-    beta1: float = 0.5
-    beta2: float = 0.9
-    weight_decay: float = 1e-5
-    cuda_graphs: bool = False
+    generator: str = option("wgan", "WGAN-GP or VAE", "networks", choices=lambda: GENERATORS, group="generator")
+    generator_lambda: float = option(10.0, "weight of the gradient penalty (wgan)", low=0)
+    generator_z_size: int = option(100, "size of the noise", "networks", low=1)
+    generator_c_channel_size: int = option(64, "channels of the critic's first layer (wgan)", "networks", low=1)
+    generator_g_channel_size: int = option(
+        64,
+        "channels of the generator's last hidden layer (wgan), or a 16th of its units (vae)",
+        "networks",
+        low=1,
+    )
+    generator_c_updates_per_g_update: int = option(5, "critic updates per generator update (wgan)", low=1)
+    solver: str = option("cnn", "convolutional or linear layers", "networks", choices=lambda: SOLVERS, group="solver")
+    solver_depth: int = option(5, "number of convolutions and the linear layer (cnn)", "networks", low=2, high=32)
+    solver_reducing_layers: int = option(
+        3, "number of stride-2 convolutions, counted from the last one (cnn)", "networks", low=0, high=5
+    )
+    solver_channel_size: int = option(
+        1024,
+        "channels of the last convolution, halved layer by layer before it (cnn), or units (mlp)",
+        "networks",
+        low=1,
+    )
+    lr: float = option(1e-4, "learning rate", low=0, above=True, group="optimiser (Adam, for all networks)")
+    beta1: float = option(0.5, "decay rate of the gradient's mean", low=0, high=1, below=True)
+    beta2: float = option(0.9, "decay rate of the squared gradient's mean", low=0, high=1, below=True)
+    weight_decay: float = option(1e-5, "L2 penalty on weights", low=0)
+    dtype: str = option("auto", DTYPES, choices=("auto", "float32", "tf32", "bfloat16"), group="device")
+    cuda_graphs: bool = option(False, "launch each update as one CUDA graph (needs a constant learning rate)", None)
+    no_gpus: bool = option(False, "use the CPU even if there is a GPU", None)
 
     def optimiser(self, *networks: nn.Module) -> torch.optim.Adam:
         """Adam over all parameters of these networks."""
         parameters = [parameter for network in networks for parameter in network.parameters()]
-        how = {"weight_decay": self.weight_decay, "fused": True, "capturable": self.cuda_graphs}
-        adam = torch.optim.Adam(parameters, self.lr, (self.beta1, self.beta2), **how)
+        settings = {"betas": (self.beta1, self.beta2), "weight_decay": self.weight_decay}
+        adam = torch.optim.Adam(parameters, self.lr, fused=True, capturable=self.cuda_graphs, **settings)
 
-        def allow_capture(adam: torch.optim.Adam) -> None:  # a state may be of a run without graphs
+        def allow_capture(adam: torch.optim.Adam) -> None:  # the state may come from a run without graphs
             for group in adam.param_groups:
                 group["capturable"] = self.cuda_graphs
 
@@ -56,37 +75,190 @@ class ScholarOptions:
 
 
 def step(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
-    """One step down the gradient of a loss."""
+    """Take one step down the gradient of a loss."""
     optimiser.zero_grad()
     loss.backward()
     optimiser.step()
 
 
+class Network(nn.Sequential):
+    """A chain of layers. With a `compute_dtype` (torch.bfloat16) it computes in that and returns float32."""
+
+    compute_dtype: torch.dtype | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.compute_dtype is None:
+            return super().forward(x)
+        # One autocast region per forward: its cache of cast weights must not outlive an optimiser step.
+        with torch.autocast(x.device.type, self.compute_dtype):
+            return super().forward(x).float()
+
+    def frozen(self) -> "Network":
+        """A copy for inference that makes fewer passes over memory.
+
+        Batch normalisation, by now a fixed scale and shift, is folded into the convolution before it, and weights are
+        stored in the compute_dtype. Any other layer, subclasses included, may do more than that and is copied as it is;
+        so is a network with a forward of its own.
+        """
+        if type(self).forward is not Network.forward:
+            return copy.deepcopy(self).eval().requires_grad_(False)
+        layers: list[nn.Module] = []
+        for layer in copy.deepcopy(self).eval().requires_grad_(False):
+            fixed = type(layer) is nn.BatchNorm2d and layer.track_running_stats
+            if fixed and layers and can_be_scaled(layers[-1]):
+                transpose = isinstance(layers[-1], nn.ConvTranspose2d)
+                layers[-1] = fuse_conv_bn_eval(layers[-1], layer, transpose=transpose)
+            else:
+                layers.append(layer)
+        for layer in layers:
+            if type(layer) in (*CONVOLUTIONS, nn.BatchNorm2d, nn.Linear):
+                layer.to(self.compute_dtype)
+        network = Network(*layers).eval().requires_grad_(False)
+        network.compute_dtype = self.compute_dtype
+        return network
+
+
+def can_be_scaled(layer: nn.Module) -> bool:
+    """Whether the layer is a convolution that owns its weight (spectral norm, for one, recomputes it every time)."""
+    plain = type(layer) in CONVOLUTIONS and not (layer.transposed and layer.groups > 1)
+    return plain and "weight" in dict(layer.named_parameters(recurse=False))
+
+
+class Patches(torch.autograd.Function):
+    """What a k x k window sees at each of its places, side by side.
+
+    Maps x (n, height, width, channels) to (n, rows, columns, k, k, channels).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, k: int, stride: int) -> Tensor:
+        ctx.geometry = x.shape, k, stride
+        return x.unfold(1, k, stride).unfold(2, k, stride).permute(0, 1, 2, 4, 5, 3).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return SumOfPatches.apply(gradient, *ctx.geometry), None, None
+
+
+class SumOfPatches(torch.autograd.Function):
+    """Patches added up where they were seen. This and `Patches` are each other's derivative.
+
+    The derivative of `unfold` gives the same result, bit for bit, and takes ten times as long.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, patches: Tensor, shape: torch.Size, k: int, stride: int) -> Tensor:
+        ctx.geometry = k, stride
+        n, rows, columns, *_, channels = patches.shape
+        strips = patches.new_zeros(n, rows, shape[2], k, channels)  # as wide as x
+        for j in reversed(range(k)):  # rounding depends on the order
+            strips[:, :, j : j + stride * columns : stride] += patches[:, :, :, :, j]
+        x = patches.new_zeros(shape)
+        for i in reversed(range(k)):
+            x[:, i : i + stride * rows : stride] += strips[:, :, :, i]
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return Patches.apply(gradient, *ctx.geometry), None, None, None
+
+
+class Convolution(nn.Conv2d):
+    """A square convolution with zero padding, not grouped, not dilated.
+
+    On the CPU it becomes a product of two matrices where it has at least as many channels as places: PyTorch's own
+    spends most of its time there on rearranging weights and their gradients.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        (k, _), (stride, _), (padding, _) = self.kernel_size, self.stride, self.padding
+        height, width = ((side + 2 * padding - k) // stride + 1 for side in x.shape[2:])
+        places = len(x) * height * width
+        if x.device.type != "cpu" or places > self.out_channels:
+            return super().forward(x)
+        x = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))
+        patches = Patches.apply(x, k, stride)
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)
+        y = F.linear(patches.view(places, weight.shape[1]), weight, self.bias)  # (places, out_channels)
+        return y.view(len(x), height, width, self.out_channels).permute(0, 3, 1, 2)
+
+
+CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d, Convolution)
+
+
+class LeakyReLU(nn.LeakyReLU):
+    """x where it is positive, slope * x elsewhere, computed as x times a constant, which has no second derivative.
+
+    PyTorch's own has one, full of zeros, that the penalty's backward pass carries through the whole critic.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.detach().sign().clamp_(min=self.negative_slope)
+
+
+class Sigmoid(nn.Sigmoid):
+    """In float32 or wider: in bfloat16 it is exactly 1, without a gradient, from 6.25 on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(torch.promote_types(x.dtype, torch.float32)))
+
+
 def linear_layers(inputs: int, width: int, outputs: int) -> list[nn.Module]:
     """Linear layers with two hidden ones of `width` units."""
-    return [
-        *(nn.Linear(inputs, width), nn.ReLU(inplace=True)),
-        *(nn.Linear(width, width), nn.ReLU(inplace=True)),
-        nn.Linear(width, outputs),
-    ]
+    hidden = [nn.Linear(inputs, width), nn.ReLU(inplace=True), nn.Linear(width, width), nn.ReLU(inplace=True)]
+    return [*hidden, nn.Linear(width, outputs)]
 
 
-# -------------------------------------------------------------------------------------------------- generators
+def generator_network(*, z_size: int, channel_size: int, image_channels: int) -> Network:
+    """The WGAN's generator: from noise (n, z_size), standard normal, to images.
+
+    It may normalise its batch: only the critic's gradient penalty needs independent samples.
+    """
+    c = channel_size
+
+    def upsample(channels_in: int, channels_out: int) -> list[nn.Module]:
+        convolution = nn.ConvTranspose2d(channels_in, channels_out, 4, stride=2, padding=1, bias=False)
+        return [convolution, nn.BatchNorm2d(channels_out), nn.ReLU(inplace=True)]
+
+    return Network(
+        nn.Linear(z_size, 8 * c * 4 * 4, bias=False),
+        nn.Unflatten(1, (8 * c, 4, 4)),  # (n, 8c, 4, 4)
+        nn.BatchNorm2d(8 * c),
+        nn.ReLU(inplace=True),
+        *upsample(8 * c, 4 * c),  # (n, 4c, 8, 8)
+        *upsample(4 * c, 2 * c),  # (n, 2c, 16, 16)
+        *upsample(2 * c, c),  # (n, c, 32, 32)
+        nn.Conv2d(c, image_channels, 3, padding=1),
+        Sigmoid(),  # (n, image_channels, 32, 32)
+    )
+
+
+def critic_network(*, channel_size: int, image_channels: int) -> Network:
+    """The WGAN's critic: from images to scores (n, 1). No batch normalisation: a score depends on its image alone."""
+    c = channel_size
+
+    def downsample(channels_in: int, channels_out: int) -> list[nn.Module]:
+        return [Convolution(channels_in, channels_out, 4, stride=2, padding=1), LeakyReLU(0.2)]
+
+    return Network(
+        *downsample(image_channels, c),  # (n, c, 16, 16)
+        *downsample(c, 2 * c),  # (n, 2c, 8, 8)
+        *downsample(2 * c, 4 * c),  # (n, 4c, 4, 4)
+        *downsample(4 * c, 8 * c),  # (n, 8c, 2, 2)
+        nn.Flatten(),
+        nn.Linear(8 * c * 2 * 2, 1),
+    )
 
 
 class WGAN(dgr.Generator):
     """WGAN-GP: a generator that learns against a critic (Gulrajani et al. 2017, Algorithm 1)."""
 
-    functions_of_tensors = ("critic_step", "generator_step")  # what --cuda-graphs captures
+    captured = ("critic_step", "generator_step")  # methods that --cuda-graphs records
 
     def __init__(self, image_channels: int, options: ScholarOptions):
-        net = gan.generator_network(
-            z_size=options.generator_z_size,
-            channel_size=options.generator_g_channel_size,
-            image_channels=image_channels,
-        )
-        super().__init__(net, options.generator_z_size)
-        self.critic = gan.critic_network(channel_size=options.generator_c_channel_size, image_channels=image_channels)
+        c, z_size = options.generator_g_channel_size, options.generator_z_size
+        super().__init__(generator_network(z_size=z_size, channel_size=c, image_channels=image_channels), z_size)
+        self.critic = critic_network(channel_size=options.generator_c_channel_size, image_channels=image_channels)
         self.critic_updates = options.generator_c_updates_per_g_update
         self.penalty_weight = options.generator_lambda
         self.optimiser = options.optimiser(self.net)
@@ -109,7 +281,7 @@ class WGAN(dgr.Generator):
         return {"critic-loss": loss.detach(), "wasserstein": distance}
 
     def generator_step(self, n: int) -> dict[str, Tensor]:
-        """Lines 11 and 12, for n generated images."""
+        """Lines 11 and 12 of the algorithm, for n generated images."""
         self.critic.requires_grad_(False)
         loss = gan.generator_loss(self.critic, self.net(self.noise(n)))
         step(self.optimiser, loss)
@@ -119,30 +291,29 @@ class WGAN(dgr.Generator):
 class VAE(dgr.Generator):
     """A variational autoencoder of linear layers (Kingma and Welling 2014, arXiv 1312.6114).
 
-    Blurred but never collapsed, and cheap: pixels in any order are the same to it. Two hidden layers of
-    16 * generator_g_channel_size units on either side.
+    Its images are blurred, but it never collapses, it is cheap, and the order of pixels does not matter to it. Encoder
+    and decoder have two hidden layers of 16 * generator_g_channel_size units each.
     """
 
-    functions_of_tensors = ("learn",)
+    captured = ("learn",)
 
     def __init__(self, image_channels: int, options: ScholarOptions):
-        pixels, z_size = image_channels * gan.IMAGE_SIZE**2, options.generator_z_size
+        pixels, z_size = image_channels * IMAGE_SIZE**2, options.generator_z_size
         width = 16 * options.generator_g_channel_size
-        to_image = nn.Unflatten(1, (image_channels, gan.IMAGE_SIZE, gan.IMAGE_SIZE))
-        super().__init__(gan.Network(*linear_layers(z_size, width, pixels), gan.Sigmoid(), to_image), z_size)
-        # To mean and logarithm of the variance of z.
-        self.encoder = gan.Network(nn.Flatten(), *linear_layers(pixels, width, 2 * z_size))
+        to_image = nn.Unflatten(1, (image_channels, IMAGE_SIZE, IMAGE_SIZE))
+        super().__init__(Network(*linear_layers(z_size, width, pixels), Sigmoid(), to_image), z_size)
+        # To the mean and the log variance of z.
+        self.encoder = Network(nn.Flatten(), *linear_layers(pixels, width, 2 * z_size))
         self.optimiser = options.optimiser(self.net, self.encoder)
 
     def update(self, inputs: Callable[[], Tensor]) -> dict[str, Tensor]:
-        """One step down the negative evidence lower bound, in nats per image (equation 10)."""
         return self.learn(inputs())
 
     def learn(self, x: Tensor) -> dict[str, Tensor]:
-        """The same for the images x (n, channels, 32, 32)."""
+        """One step down the negative evidence lower bound of x (n, channels, 32, 32) in nats per image."""
         mean, log_variance = self.encoder(x).chunk(2, dim=1)
         z = mean + (log_variance / 2).exp() * self.noise(len(x))
-        # Noise replay's x may lie outside [0, 1]; weights that are lost give NaN, which is the task loop's to report.
+        # Noise replay's x may lie outside [0, 1]; diverged weights give NaN, which the task loop reports.
         p = self.net(z).nan_to_num(0.5)
         reconstruction = F.binary_cross_entropy(p, x.clamp(0, 1), reduction="sum") / len(x)
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum() / len(x)
@@ -150,129 +321,171 @@ class VAE(dgr.Generator):
         return {"reconstruction": reconstruction.detach(), "divergence": divergence.detach()}
 
 
-# A new generator is one class like these and one line here; it becomes a choice of --generator.
+# To add a generator, write a class like these and add a line here: it becomes a choice of --generator.
 GENERATORS: dict[str, Callable[[int, ScholarOptions], dgr.Generator]] = {"wgan": WGAN, "vae": VAE}
 
 
-# ----------------------------------------------------------------------------------------------------- solvers
-
-
-Loss = Callable[[dgr.Pairs, dgr.Pairs], Tensor]  # of current and replayed pairs
+Loss = Callable[[dgr.Pairs, dgr.Pairs | None], Tensor]  # of current and replayed pairs
 
 
 class Classifier(dgr.Solver):
     """A network that learns its answers with Adam."""
 
-    functions_of_tensors = ("learn",)
+    captured = ("learn",)
 
     def __init__(self, net: nn.Module, options: ScholarOptions):
         super().__init__(net)
         self.optimiser = options.optimiser(self.net)
 
-    def update(self, loss: Loss, current: dgr.Pairs, replayed: dgr.Pairs) -> dict[str, Tensor]:
-        """One step down the gradient of loss(current, replayed)."""
-        return self.learn(loss, *current, *replayed)
+    def update(self, loss: Loss, current: dgr.Pairs, replayed: dgr.Pairs | None) -> dict[str, Tensor]:
+        return self.learn(loss, *current, *(replayed or ()))
 
-    def learn(self, loss: Loss, x: Tensor, y: Tensor, x_replayed: Tensor, y_replayed: Tensor) -> dict[str, Tensor]:
-        """The same as a function of tensors; shapes: see `dgr.Pairs`."""
-        value = loss((x, y), (x_replayed, y_replayed))
+    def learn(self, loss: Loss, x: Tensor, y: Tensor, *replayed: Tensor) -> dict[str, Tensor]:
+        """One step down the gradient of loss((x, y), replayed); replayed is (x', y') or nothing (see `dgr.Pairs`)."""
+        value = loss((x, y), replayed or None)
         step(self.optimiser, value)
         return {"loss": value.detach()}
 
 
 class CNN(Classifier):
-    """A convolutional classifier for 32x32 images.
+    """A convolutional classifier: solver_depth - 1 convolutions and a linear layer.
 
-    solver_depth - 1 convolutions and a linear layer. Channels double from layer to layer up to solver_channel_size;
-    the last solver_reducing_layers convolutions halve height and width.
+    Channels double from layer to layer up to solver_channel_size; the last solver_reducing_layers convolutions halve
+    height and width.
     """
 
     def __init__(self, image_channels: int, classes: int, options: ScholarOptions):
         layers: list[nn.Module] = []
-        channels, size = image_channels, gan.IMAGE_SIZE
+        channels, size = image_channels, IMAGE_SIZE
         for remaining in reversed(range(options.solver_depth - 1)):
             width = options.solver_channel_size // 2**remaining
             stride = 2 if remaining < options.solver_reducing_layers else 1
-            layers += [
-                gan.Convolution(channels, width, 3, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(width),
-                nn.ReLU(inplace=True),
-            ]
+            convolution = Convolution(channels, width, 3, stride=stride, padding=1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
             channels, size = width, size // stride  # (n, width, size, size)
-        super().__init__(gan.Network(*layers, nn.Flatten(), nn.Linear(channels * size * size, classes)), options)
+        super().__init__(Network(*layers, nn.Flatten(), nn.Linear(channels * size * size, classes)), options)
 
 
 class MLP(Classifier):
     """A classifier of linear layers: two hidden ones of solver_channel_size units.
 
-    It tells blurred images from sharp ones less easily than a CNN, and takes samples of a VAE for what they show.
+    It notices blur less than a CNN does, and so takes a VAE's images for what they show.
     """
 
     def __init__(self, image_channels: int, classes: int, options: ScholarOptions):
-        layers = linear_layers(image_channels * gan.IMAGE_SIZE**2, options.solver_channel_size, classes)
-        super().__init__(gan.Network(nn.Flatten(), *layers), options)
+        layers = linear_layers(image_channels * IMAGE_SIZE**2, options.solver_channel_size, classes)
+        super().__init__(Network(nn.Flatten(), *layers), options)
 
 
-# A new solver is one class like these and one line here; it becomes a choice of --solver.
+# To add a solver, write a class like these and add a line here: it becomes a choice of --solver.
 SOLVERS: dict[str, Callable[[int, int, ScholarOptions], dgr.Solver]] = {"cnn": CNN, "mlp": MLP}
 
 
 def make_scholar(
     image_channels: int, classes: int, options: ScholarOptions, *, compute_dtype: torch.dtype | None = None
 ) -> dgr.Scholar:
-    """A scholar that has learned nothing yet; compute_dtype: see `gan.Network`."""
+    """A scholar that has learned nothing yet, on the CPU; compute_dtype: see `Network`."""
     generator = GENERATORS[options.generator](image_channels, options)
     scholar = dgr.Scholar(generator, SOLVERS[options.solver](image_channels, classes, options))
     for module in scholar.modules():
-        if isinstance(module, gan.Network):
+        if isinstance(module, Network):
             module.compute_dtype = compute_dtype
-            module.to(memory_format=torch.channels_last)  # the convolutions' faster layout
+            module.to(memory_format=torch.channels_last)  # the faster layout for convolutions
     if options.cuda_graphs:
         for part in (scholar.generator, scholar.solver):
-            for name in getattr(part, "functions_of_tensors", ()):
+            for name in getattr(part, "captured", ()):
                 setattr(part, name, Captured(getattr(part, name)))
     return scholar
 
 
-# ------------------------------------------------------------------------------------------------- checkpoints
-
-CHECKPOINT_FORMAT = 5
-
-
-def save_checkpoint(path: Path, *, keep_previous: bool = False, **content: Any) -> None:
-    """Write tensors and plain values; the file appears whole or not at all, and the one before it stays until then."""
-    buffer = io.BytesIO()  # torch's own writer turns a full disk into an error without a reason
-    torch.save({"format": CHECKPOINT_FORMAT, **content}, buffer)
-    buffer.seek(0)
-    with reading(path, f"{path} can't hold what a get_extra_state gives: neither a tensor nor a plain value"):
-        torch.load(buffer, map_location="meta", weights_only=True)  # its structure alone
-
-    def write() -> None:
-        with atomic_write(path, "wb", keep_as=previous(path) if keep_previous else None) as file:
-            file.write(buffer.getbuffer())
-
-    try:
-        write()
-    except FileNotFoundError:  # the directory was taken away in this very moment: it is made again
-        write()
+def choose_device(*, gpus: bool = True) -> torch.device:
+    return torch.device("cuda" if gpus and torch.cuda.is_available() else "cpu")
 
 
-def previous(path: Path) -> Path:
-    """Where the checkpoint before the one at `path` is kept."""
-    return path.with_name(f"{path.name}.previous")
+def cpu_is_faster_in_bfloat16() -> bool:
+    """Whether the CPU has AMX, or is an AMD with AVX512-BF16 (on Intel, that alone is slower: benchmarks/README.md).
+
+    A rule, not a measurement, so that a seed gives the same result every time on one machine.
+    """
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # missing in the oldest versions supported
+    amd = capabilities.get("cpu_name", "").startswith("AMD")
+    return amx or (amd and capabilities.get("avx512_bf16", False))
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, on the CPU, without executing anything in it."""
-    if not path.exists():
-        raise UserError(f"no scholar at {path}: train one first, with --train and the same flags")
-    with reading(path, f"{path} is damaged or not a checkpoint of this program; only --train can make it again"):
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise zipfile.BadZipFile(damaged)
-        with warnings.catch_warnings(action="ignore"):  # torch's remarks on files of other programs
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found = int(checkpoint["format"])
-    if found != CHECKPOINT_FORMAT:
-        raise UserError(f"{path}: format {found} is not this program's ({CHECKPOINT_FORMAT})")
-    return checkpoint
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype | None:
+    """What networks compute in: bfloat16, or None for float32 (on a GPU also tf32, which is set here)."""
+    gpu = device.type == "cuda"
+    if dtype == "auto":
+        faster = torch.cuda.is_bf16_supported(including_emulation=False) if gpu else cpu_is_faster_in_bfloat16()
+        dtype = "bfloat16" if faster else "float32"
+    if gpu:
+        torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+        torch.backends.cudnn.allow_tf32 = dtype == "tf32"
+    elif dtype == "tf32":
+        raise UserError("--dtype=tf32 needs a GPU, and this run is on a CPU: use float32, bfloat16 or auto")
+    return torch.bfloat16 if dtype == "bfloat16" else None
+
+
+def images_at_once(device: torch.device) -> int:
+    """How many images to test or draw together: what fits the CPU's cache."""
+    return 512 if device.type == "cuda" else 64
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU with its number of threads."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+class Captured:
+    """A function of tensors as a CUDA graph: hundreds of kernels are launched at once, without waiting for Python.
+
+    function: returns tensors by name, and may change parameters in place. It is recorded after `warm_up` ordinary
+    calls, and again when the shape of a tensor or any other argument changes. It must do nothing else.
+    """
+
+    warm_up = 3  # ordinary calls in which libraries and optimisers allocate what they keep
+
+    def __init__(self, function: Callable[..., dict[str, Tensor]]):
+        self.function = function
+        self._signature: tuple[Any, ...] | None = None
+        # Warm-up and recording share a stream: autograd and the libraries keep state per stream.
+        self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+
+    def __call__(self, *arguments: Any) -> dict[str, Tensor]:
+        signature = tuple((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in arguments)
+        if signature != self._signature:
+            self._signature, self._calls, self._replay = signature, 0, None
+        self._calls += 1
+        if self._calls <= self.warm_up:
+            return self._aside(lambda: self.function(*arguments))
+        if self._replay is None:
+            self._arguments = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
+            self._replay = self._record(lambda: self.function(*self._arguments))
+        for kept, given in zip(self._arguments, arguments, strict=True):
+            if isinstance(given, Tensor):
+                kept.copy_(given)
+        return {name: value.clone() for name, value in self._replay().items()}
+
+    def _aside(self, work: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Work in the stream that will be recorded."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*capturable=True")  # about optimiser steps that are not recorded
+            values = work()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return values
+
+    def _record(self, work: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
+        """Record work without doing it. Returns a function that does it; every call overwrites the same tensors."""
+        gc.collect()  # a graph freed while another is being recorded would break the recording
+        graph = torch.cuda.CUDAGraph()
+        # thread_local, or the pinned memory of a data loader's thread would break the recording too.
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            values = work()
+
+        def replay() -> dict[str, Tensor]:
+            graph.replay()
+            return values
+
+        return replay

@@ -1,9 +1,16 @@
-"""What has no better home: errors that speak to the user, files that are never half written, where to compute."""
+"""Options, one-line errors, and the files of a run: their names, writing, reading, checkpoints, locks.
+
+A run leaves `config.json`, `metrics.csv` and `summary.json` in its result directory, its scholar in the checkpoint
+directory, and pictures in the sample directory; docs/running.md describes them. Every file appears whole or not at all.
+"""
 
 import argparse
 import contextlib
+import csv
 import fcntl
-import gc
+import io
+import json
+import math
 import os
 import re
 import signal
@@ -12,23 +19,101 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-# Options of main.py that say how a run is made, and not what it learns: --resume may change them.
-FREE_TO_CHANGE = {
-    *("train", "test", "quick", "resume", "checkpoint_interval", "no_gpus", "cuda_graphs"),
-    *("data_dir", "unverified_data", "result_dir", "checkpoint_dir", "sample_dir"),
-    *("visdom_server", "visdom_port", "no_visdom", "tensorboard"),
-}
-
-# Environment variable with the commit of a copy of this program that lies outside git.
+# Environment variable with the commit of a copy of this program that is outside git.
 COMMIT = "DGR_COMMIT"
+
+
+def option(default: Any, help: str, changes: str | None = "learning", **settings: Any) -> Any:
+    """A field of a dataclass that is also a command-line option: everything about it is declared here.
+
+    default: its value, or a function that returns it.
+    changes: what another value changes: "networks" (their shapes), "learning" (what they learn), or None (neither).
+    settings: low, high, above, below (limits of a number), choices (or a function that returns them), parse (reads the
+        text), exclusive (options with the same value exclude each other), group (a title in --help, also for the
+        options that follow), and settings of `add_argument`.
+    """
+    value = {"default_factory": default} if callable(default) else {"default": default}
+    return field(**value, metadata={"help": help, "changes": changes, **settings})
+
+
+def default_of(f: Field) -> Any:
+    return f.default if f.default_factory is MISSING else f.default_factory()
+
+
+def flag(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
+
+
+def number(
+    low: float, high: float = 2**31 - 1, *, kind: type = float, above: bool = False, below: bool = False
+) -> Callable[[str], Any]:
+    """A function that reads a number from low (or above it) to high (or below it)."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not ((low < value if above else low <= value) and (value < high if below else value <= high)):
+            limits = f"{'above' if above else 'of at least'} {low:g}"
+            limits += f" and {'below' if below else 'at most'} {high:.10g}" if high < 2**31 - 1 or value > high else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number {limits}")
+        return value
+
+    return parse
+
+
+def add_options(parser: argparse.ArgumentParser, options: type) -> None:
+    """Add the options that a dataclass declares."""
+    group, exclusive = parser, {}
+    for f in fields(options):
+        settings, default = dict(f.metadata), default_of(f)
+        if not settings:  # filled in by the program
+            continue
+        if title := settings.pop("group", None):
+            group = parser.add_argument_group(title)
+        help, choices, name, _ = (settings.pop(key, None) for key in ("help", "choices", "exclusive", "changes"))
+        limits = {key: settings.pop(key) for key in ("low", "high", "above", "below") if key in settings}
+        if name and name not in exclusive:
+            exclusive[name] = group.add_mutually_exclusive_group(required=name == "required")
+        target = exclusive.get(name, group)
+        if isinstance(default, bool):
+            settings["action"] = "store_true"
+        elif choices is not None:
+            settings["choices"] = list(choices() if callable(choices) else choices)
+        elif isinstance(default, Path):
+            settings |= {"type": Path, "metavar": "DIR"}
+        elif limits:
+            kind = int if isinstance(default, int) else float
+            settings = {"metavar": "N" if kind is int else "X"} | settings | {"type": number(**limits, kind=kind)}
+        if "parse" in settings:
+            settings["type"] = settings.pop("parse")
+        if default is not None and default is not False:
+            help += f" (default: {default})"
+        target.add_argument(flag(f.name), default=default, help=help.replace("%", "%%"), **settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileOptions:
+    seed: int = option(0, "random seed of everything but the permutations", low=0, group="seed and files")
+    resume: bool = option(False, "continue the unfinished run of this name, or start one", None)
+    result_dir: Path = option(Path("./results"), "results go to DIR/NAME/", None)
+    checkpoint_dir: Path = option(Path("./checkpoints"), "trained scholars go to DIR/NAME", None)
+    sample_dir: Path = option(Path("./samples"), "sample grids go to DIR/NAME-sample.jpg", None)
+
+
+DIRECTORIES = ("result_dir", "checkpoint_dir", "sample_dir")  # that a run writes to
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,61 +124,59 @@ class Parser(argparse.ArgumentParser):
 
 
 class UserError(Exception):
-    """Something a user can put right. The message is one line: what is wrong, where, and what to do."""
+    """Something the user can put right. The message is one line: what is wrong, where, and what to do."""
 
 
-# What PyTorch says when it is, on CPUs and GPUs; of its exceptions, only some say it by their type.
+# How PyTorch says so, on CPUs and GPUs; only some of its exceptions say it by their type.
 OUT_OF_MEMORY = re.compile("out of memory|allocate|alloc_failed|size calculation overflow", re.IGNORECASE)
 
 
 def run_program(main: Callable[[], None]) -> None:
-    """Run a script's main function; what a user can put right ends in one line on standard error and exit status 1."""
-    nowhere = Path(os.devnull).open("w")  # noqa: SIM115
-    sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere  # None where the caller has closed them
-    # For a terminal that has no ±; and a line is there when it is printed, in a log too.
+    """Run a script's main function; what the user can put right ends as one line on standard error, exit status 1."""
+    devnull = Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stdout, sys.stderr = sys.stdout or devnull, sys.stderr or devnull  # None where the caller has closed them
+    # For terminals without ±; and lines must appear as they are printed, in a log too.
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main()
         sys.stdout.flush()
     except UserError as error:
-        end(f"error: {error}")
+        fail(f"error: {error}")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(messages(error)):
             raise
-        end(
-            "error: out of memory: try a smaller --batch-size, --solver-channel-size or --generator-c-channel-size and "
-            "--generator-g-channel-size, or --precision=bf16"
-        )
-    except BrokenPipeError:  # whoever read what is printed has enough, as `head` has
-        give_up_output()
+        smaller = "--batch-size, --solver-channel-size or --generator-c-channel-size and --generator-g-channel-size"
+        fail(f"error: out of memory: try a smaller {smaller}, or --dtype=bfloat16")
+    except BrokenPipeError:  # the reader has had enough, as `head` has
+        discard_output()
         sys.exit(1)
-    except OSError as error:  # a disk that is full, a directory that has gone
-        give_up_output()
-        end(f"error: {error.filename or 'files'}: {reason(error)}")
+    except OSError as error:  # a full disk, a directory that has gone
+        discard_output()
+        fail(f"error: {error.filename or 'files'}: {reason(error)}")
     except KeyboardInterrupt:
-        end("stopped")
+        fail("stopped")
 
 
 def messages(error: BaseException | None) -> str:
-    """What an error says, and those it came of: out of memory, a capture of updates ends in an error of its own."""
+    """The messages of an error and of those behind it: CUDA graphs hide a lack of memory behind their own error."""
     return "" if error is None else f"{error} {messages(error.__context__)}"
 
 
-def give_up_output() -> None:
-    """Let go of what can't be printed, which Python would try again as it ends."""
+def discard_output() -> None:
+    """Drop output that can't be printed, which Python would try to print again as it exits."""
     try:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def end(message: str) -> NoReturn:
-    """Leave with exit status 1 and one line on standard error."""
+def fail(message: str) -> NoReturn:
+    """Exit with status 1 and one line on standard error."""
     sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}")
 
 
 def warn(message: str) -> None:
-    """One line on standard error, where there still is one: a terminal may have gone."""
+    """Print one line on standard error, if it is still there: a terminal may have gone."""
     with contextlib.suppress(OSError):
         tqdm.write(f"warning: {message}", file=sys.stderr)
 
@@ -107,101 +190,25 @@ def reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path, mode: str = "w", keep_as: Path | None = None) -> Iterator[IO[Any]]:
-    """Open a file that appears at `path` whole or not at all; what was there before stays until then.
-
-    keep_as: where what was there before is kept afterwards.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if keep_as is not None and path.exists():
-            os.replace(path, keep_as)
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            error.filename = error.filename or str(path)  # a write does not know what it writes to
-        raise
-
-
-@contextlib.contextmanager
 def reading(path: Path, wrong: str) -> Iterator[None]:
-    """Make a UserError of what goes wrong while a file is read, but of a lack of memory; `wrong`: of what it holds."""
+    """Turn what goes wrong while a file is read into a UserError, with `wrong` if its content is at fault."""
     try:
         yield
     except (MemoryError, UserError):
         raise
     except OSError as error:
         raise UserError(f"{error.filename or path}: {reason(error)}") from error
-    except Exception as error:  # readers fail in many ways on a file that is not what it says
+    except Exception as error:  # readers fail in many ways on a file that is not what it claims
         if isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)):
             raise
         raise UserError(f"{wrong}: {reason(error)[:200]}") from error
 
 
-def not_writable(directory: Path) -> str | None:
-    """Why no file can be made in a directory, which need not exist yet; None if nothing speaks against it."""
-    existing = directory
-    try:
-        existing = next((path for path in (directory, *directory.parents) if path.exists()), directory)
-        if not existing.is_dir():
-            return f"{existing} is not a directory"
-        with tempfile.TemporaryFile(dir=existing):
-            return None
-    except OSError as error:
-        return f"{str(existing)[:200]} is not writable ({reason(error)})"
-
-
-def set_aside(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
-    """Rename those of the paths that exist, all with one suffix: ~1, ~2, ... (the highest is the newest).
-
-    Returns the old and the new names.
-    """
-    beside = [(path, other.name) for path in paths if path.parent.is_dir() for other in path.parent.iterdir()]
-    taken = (re.fullmatch(rf"{re.escape(path.name)}~(\d+)", name) for path, name in beside)
-    number = 1 + max((int(found[1]) for found in taken if found), default=0)
-    moves = [(path, path.with_name(f"{path.name}~{number}")) for path in paths if path.exists()]
-    for path, aside in sorted(moves, key=lambda move: len(move[0].parts), reverse=True):  # what is inside goes first
-        path.rename(aside)
-    return moves
-
-
-def without_flags(words: Sequence[str], pattern: str) -> list[str]:
-    """A command line without the flags that match a pattern, dashes and all, and without their values."""
-    named = [i for i, word in enumerate(words) if re.fullmatch(pattern, word.split("=")[0])]
-    gone = {*named, *(i + 1 for i in named if "=" not in words[i])}
-    return [word for i, word in enumerate(words) if i not in gone]
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file beside a path, which the operating system frees whatever becomes of this process."""
-    path = path.with_name(f".{path.name}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:  # for writing: NFS locks no other
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"another run of this name is under way ({path} is locked): wait for it, or give other directories"
-            ) from error
-        except OSError as error:  # a file system without locks
-            warn(f"{path} can't be locked ({reason(error)}): start no other run of this name before this one ends")
-        yield
-
-
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Make the first SIGINT, SIGTERM or SIGHUP a request, which the function given here reports; a later one ends it.
+    """Turn the first SIGINT, SIGTERM or SIGHUP (a closed terminal) into a request, which this function reports.
 
-    One within a second does not: a request may come twice, from what stops a group of processes and from its leader.
-    SIGHUP is sent by a terminal that closes.
+    Another signal ends the program at once, unless it comes within a second: a process group may get each one twice.
     """
     requests: list[float] = []
 
@@ -218,113 +225,172 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     try:
         yield lambda: bool(requests)
     finally:
-        for number, handler in before.items():  # one who was asked to stop is about to end, and need not hear it again
+        for number, handler in before.items():  # after a request the program is about to end: ignore further ones
             signal.signal(number, signal.SIG_IGN if requests else handler)
 
 
-def choose_device(*, gpus: bool = True) -> torch.device:
-    return torch.device("cuda" if gpus and torch.cuda.is_available() else "cpu")
+@contextlib.contextmanager
+def atomic_write(path: Path, mode: str = "w", keep_as: Path | None = None) -> Iterator[IO[Any]]:
+    """Open a file that appears at `path` whole or not at all; the old one stays until then, or moves to keep_as."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_as is not None and path.exists():
+            os.replace(path, keep_as)
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)  # a failed write does not name its file
+        raise
 
 
-def cpu_is_faster_in_bf16() -> bool:
-    """Whether it has AMX, or is AMD's and has AVX512-BF16. Intel's with that alone was slower: benchmarks/README.md.
+def write_json(path: Path, content: Any) -> None:
+    with atomic_write(path) as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
 
-    Known by its kind instead of measured anew: on one machine, a seed comes to the same results every time.
+
+def not_writable(directory: Path) -> str | None:
+    """Why no file can be made in a directory, which need not exist yet; None if nothing speaks against it."""
+    existing = directory
+    try:
+        existing = next((path for path in (directory, *directory.parents) if path.exists()), directory)
+        if not existing.is_dir():
+            return f"{existing} is not a directory"
+        with tempfile.TemporaryFile(dir=existing):
+            return None
+    except OSError as error:
+        return f"{str(existing)[:200]} is not writable ({reason(error)})"
+
+
+def rename_earlier(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
+    """Give all existing paths one suffix: ~1, ~2, ... (the highest is the newest). Returns old and new names."""
+    beside = [(path, other.name) for path in paths if path.parent.is_dir() for other in path.parent.iterdir()]
+    taken = (re.fullmatch(rf"{re.escape(path.name)}~(\d+)", name) for path, name in beside)
+    number = 1 + max((int(found[1]) for found in taken if found), default=0)
+    moves = [(path, path.with_name(f"{path.name}~{number}")) for path in paths if path.exists()]
+    for path, new in sorted(moves, key=lambda move: len(move[0].parts), reverse=True):  # what is inside goes first
+        path.rename(new)
+    return moves
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file beside a path; the operating system frees it, whatever becomes of this process."""
+    path = path.with_name(f".{path.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:  # open for writing: NFS locks no other file
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another run of this name is under way ({path} is locked): wait for it, or use other directories"
+            ) from error
+        except OSError as error:  # a file system without locks
+            warn(f"{path} can't be locked ({reason(error)}): start no other run of this name before this one ends")
+        yield
+
+
+CHECKPOINT_FORMAT = 6
+
+
+def save_checkpoint(path: Path, *, keep_previous: bool = False, **content: Any) -> None:
+    """Write tensors and plain values; the file appears whole or not at all, and the old one stays until then."""
+    buffer = io.BytesIO()  # torch's own writer turns a full disk into an error without a reason
+    torch.save({"format": CHECKPOINT_FORMAT, **content}, buffer)
+    buffer.seek(0)
+    with reading(path, f"{path}: a get_extra_state returns something that is neither a tensor nor a plain value"):
+        torch.load(buffer, map_location="meta", weights_only=True)  # its structure alone
+
+    with atomic_write(path, "wb", keep_as=previous(path) if keep_previous else None) as file:
+        file.write(buffer.getbuffer())
+
+
+def previous(path: Path) -> Path:
+    """Where the checkpoint before the one at `path` is kept."""
+    return path.with_name(f"{path.name}.previous")
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint, onto the CPU, without executing anything in it."""
+    if not path.exists():
+        raise UserError(f"no scholar at {path}: train one first, with --train and the same flags")
+    with reading(path, f"{path} is damaged or not a checkpoint of this program; only --train can make it again"):
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(damaged)
+        with warnings.catch_warnings(action="ignore"):  # torch's remarks on files of other programs
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        found = int(checkpoint["format"])
+    if found != CHECKPOINT_FORMAT:
+        raise UserError(f"{path} has format {found}, and this version of the program reads {CHECKPOINT_FORMAT}")
+    return checkpoint
+
+
+class RunPaths:
+    """Where a run of this name has its files.
+
+    results and sample_log are directories; `drawn` is the picture that --test draws, `state` everything that an
+    unfinished run needs to continue.
     """
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in every version that is supported
-    amd = capabilities.get("cpu_name", "").startswith("AMD")
-    return amx or (amd and capabilities.get("avx512_bf16", False))
+
+    def __init__(self, name: str, options: FileOptions):
+        self.results, self.scholar, self.sample_log = (getattr(options, key) / name for key in DIRECTORIES)
+        self.drawn = options.sample_dir / f"{name}-sample.jpg"
+        self.state = options.checkpoint_dir / f"{name}.unfinished"
+
+    @property
+    def resumable(self) -> bool:
+        """Whether there is a state to continue from."""
+        return self.state.exists() or previous(self.state).exists()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has left results that can be read, and nothing to resume."""
+        try:
+            return bool(Run.read(self.results).summary) and not self.state.exists()
+        except UserError:
+            return False
+
+    def stored_config(self) -> dict[str, Any] | None:
+        """The config.json of the results, or else of the unfinished state; None if there is neither."""
+        try:
+            return Run.read(self.results).config
+        except UserError:
+            return self.last_state()[1]["files"]["config"] if self.resumable else None
+
+    def rename_earlier(self, *these: Path) -> None:
+        """Rename the files of an earlier run of this name, or these of them, and say so."""
+        # States first: without them, nothing takes the rest for an unfinished run.
+        states = [self.state, previous(self.state)]
+        everything = [*states, self.results, self.scholar, self.sample_log, self.drawn]
+        for path, new in rename_earlier(these or everything):
+            print(f"{path} of an earlier run is kept as {new}")
+
+    def last_state(self) -> tuple[Path, dict[str, Any]]:
+        """The last good state and its file; if the newest is damaged, warn and use the one before it."""
+        for candidate in (self.state, previous(self.state)):
+            if candidate.exists():
+                try:
+                    return candidate, load_checkpoint(candidate)
+                except UserError as error:
+                    warn(str(error))
+        raise UserError(f"{self.state}: no good state is left; leave out --resume to start again")
 
 
-def choose_precision(precision: str, device: torch.device) -> torch.dtype | None:
-    """What networks compute in: bfloat16, or None for float32 (of a GPU perhaps tf32, which is set here).
-
-    "auto" is bf16 where that is the faster one.
-    """
-    if precision == "auto":
-        if device.type == "cuda":
-            faster = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            faster = cpu_is_faster_in_bf16()
-        precision = "bf16" if faster else "fp32"
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-        torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    elif precision == "tf32":
-        raise UserError("--precision tf32 is of GPUs, and this run is on a CPU: give fp32, bf16 or auto")
-    return torch.bfloat16 if precision == "bf16" else None
-
-
-class Captured:
-    """A function of tensors as a CUDA graph: its hundreds of kernels are launched at once, without waiting for Python.
-
-    function: gives tensors by name, and may change parameters where they are. It is recorded when it has been called
-    `warm_up` times, and again when the shape of a tensor or any other argument changes. What it does to anything but
-    tensors, it does only while it is recorded.
-    """
-
-    warm_up = 3  # calls, made as they are, in which libraries and optimisers set up what they keep
-
-    def __init__(self, function: Callable[..., dict[str, Tensor]]):
-        self.function = function
-        self._signature: tuple[Any, ...] | None = None
-        # Recorded in this stream, and warmed up there: autograd and the libraries keep state for each stream.
-        self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
-
-    def __call__(self, *arguments: Any) -> dict[str, Tensor]:
-        signature = tuple((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in arguments)
-        if signature != self._signature:
-            self._signature, self._calls, self._replay = signature, 0, None
-        self._calls += 1
-        if self._calls <= self.warm_up:
-            return self._aside(lambda: self.function(*arguments))
-        if self._replay is None:
-            self._arguments = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
-            self._replay = self._record(lambda: self.function(*self._arguments))
-        for kept, given in zip(self._arguments, arguments, strict=True):
-            if isinstance(given, Tensor):
-                kept.copy_(given)
-        return {name: value.clone() for name, value in self._replay().items()}
-
-    def _aside(self, work: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Work in the stream that will be recorded."""
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*capturable=True")  # an optimiser's, of steps that are not recorded
-            values = work()
-        torch.cuda.current_stream().wait_stream(self._stream)
-        return values
-
-    def _record(self, work: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
-        """Record work without doing it. Gives what does it, and returns tensors that every call writes anew."""
-        gc.collect()  # a graph that is given up while another is recorded breaks that one
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may go on: a loader's, which pins memory, would break the recording otherwise.
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            values = work()
-
-        def replay() -> dict[str, Tensor]:
-            graph.replay()
-            return values
-
-        return replay
-
-
-def images_at_once(device: torch.device) -> int:
-    """How many images are best answered or drawn together, where nothing is learned: what fits the CPU's cache."""
-    return 512 if device.type == "cuda" else 64
-
-
-def device_name(device: torch.device) -> str:
-    """The device in words: the GPU's name, or the CPU with its number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+def differences(before: dict[str, Any], now: dict[str, Any], keys: Iterable[str]) -> str:
+    """How the options of two runs differ, for the user to read; empty if they do not."""
+    return ", ".join(f"{flag(key)} {before.get(key)}, not {now[key]}" for key in keys if before.get(key) != now[key])
 
 
 def commit() -> str | None:
-    """The commit this program was started from, "-dirty" appended if files were changed since; None outside git."""
+    """The commit this program runs from, with "-dirty" if files were changed since; None outside git."""
     if COMMIT in os.environ:
         return os.environ[COMMIT] or None
     describe = ["describe", "--always", "--exclude=*", "--abbrev=40", "--dirty"]  # no tags
@@ -333,3 +399,241 @@ def commit() -> str | None:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+class Observer:
+    """Hears what happens in a run, and by default does nothing.
+
+    Tasks and iterations count from 1; a phase is "generator" or "solver". begin: a phase begins, with `done` of its
+    iterations done before. step: an iteration is done. scalars: losses, or the precision on each task so far (in phase
+    "test" on whole test sets). images: what the generator draws now, (n, channels, height, width) float in [0, 1]. end:
+    the phase is done. close: the run is over, for better or worse.
+    """
+
+    image_interval: int | None = None  # generator iterations between calls of `images`; None: never
+
+    def begin(self, phase: str, task: int, iterations: int, done: int) -> None: ...
+    def step(self, iteration: int) -> None: ...
+    def scalars(self, phase: str, task: int, iteration: int, values: dict[str, float]) -> None: ...
+    def images(self, task: int, iteration: int, images: Tensor) -> None: ...
+    def end(self, phase: str, task: int) -> None: ...
+    def close(self) -> None: ...
+
+
+class RunFiles(Observer):
+    """Writes the files in the result directory of a run. state: an unfinished run's `state_dict`, to continue them."""
+
+    def __init__(self, directory: Path, config: dict[str, Any], state: dict[str, Any] | None = None):
+        self.directory = directory
+        self._file = directory / "metrics.csv"
+        state = state or {"config": config, "metrics": "phase,task,iteration,name,value\n", "seconds": 0.0}
+        self._config, self._metrics = state["config"], state["metrics"]
+        self._started = time.monotonic() - state["seconds"]
+        self._complete = self._warned = False  # whether the files hold everything; whether the user knows if not
+        self._write_metrics()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"config": self._config, "metrics": self._metrics, "seconds": time.monotonic() - self._started}
+
+    def scalars(self, phase: str, task: int, iteration: int, values: dict[str, float]) -> None:
+        rows = io.StringIO()
+        lines = ([phase, task, iteration, name, repr(value)] for name, value in values.items())
+        csv.writer(rows, lineterminator="\n").writerows(lines)
+        self._metrics += rows.getvalue()
+        self._write_metrics(rows.getvalue())
+
+    def _write_metrics(self, new: str = "") -> None:
+        """Append what is new. If that fails, training continues, and the next call writes everything."""
+        try:
+            if self._complete:
+                with self._file.open("r+") as file:  # fails if the file has gone
+                    file.seek(0, io.SEEK_END)
+                    file.write(new)
+            else:
+                write_json(self.directory / "config.json", self._config)
+                with atomic_write(self._file) as file:
+                    file.write(self._metrics)
+            self._complete = True
+        except OSError as error:
+            self._complete = False
+            if not self._warned:
+                warn(f"{self._file}: {reason(error)}; training goes on and tries again")
+                self._warned = True
+
+    def write_summary(self, **content: Any) -> dict[str, Any]:
+        """Write and return the outcome of the run: the content given, and how long the run took."""
+        summary = {**content, "seconds": round(time.monotonic() - self._started, 1)}
+        self._write_metrics()
+        if not self._complete:
+            raise UserError(f"{self._file} could not be written; put that right and --resume to finish the run")
+        write_json(self.directory / "summary.json", summary)
+        return summary
+
+
+Curve = dict[int, float]  # values by iterations since the start of the run
+PRECISION = re.compile(r"precision-(\d+)")  # the name of a scalar: precision on task 1, 2, ...; all others are losses
+SAMPLES = "samples.png"  # the newest sample grid, in the result directory
+SUMMARY_KEYS = ("precision", "average_precision", "forgetting", "seconds")
+
+
+class Run:
+    """A run read back from its files: `config`, `summary` (None if unfinished) and `rows` (of metrics.csv).
+
+    directory: its result directory. Raises UserError if the files are not those of a run.
+    """
+
+    def __init__(
+        self, directory: Path, config: dict[str, Any], summary: dict[str, Any] | None, rows: Sequence[dict[str, str]]
+    ):
+        with reading(directory, f"{directory}: not the files of a run"):
+            self.directory, self.config, self.summary, self.rows = directory, config, summary, rows
+            for key in SUMMARY_KEYS if summary is not None else ():
+                summary[key]
+            self.options = config["options"]
+            self.name, self.seed, self.recipe, self.flags = (config[key] for key in ("name", "seed", "recipe", "flags"))
+            self.experiment, self.replay_mode = config["experiment"], config["replay_mode"]
+            titles = {name.replace("-", ""): title for name, title in self.unofficial.items()}
+            tasks = [titles.get(task.lower().replace("-", ""), task) for task in config["tasks"]]
+            self.tasks = [task.encode(errors="replace").decode() for task in tasks]  # file names may not be UTF-8
+            self.lengths = {phase: self.options.get(f"{phase}_iterations", 1) for phase in ("generator", "solver")}
+            self.curves: dict[tuple[str, str], Curve] = {}  # by phase and name
+            for row in rows:
+                if row["phase"] in self.lengths:
+                    at = (int(row["task"]) - 1) * self.lengths[row["phase"]] + int(row["iteration"])
+                    self.curves.setdefault((row["phase"], row["name"]), {})[at] = float(row["value"])
+
+    @classmethod
+    def read(cls, directory: Path) -> "Run":
+        """The run whose result directory this is."""
+        with reading(directory, f"{directory}: not the files of a run"):
+            config = json.loads((directory / "config.json").read_text())
+            summary = directory / "summary.json"
+            outcome = json.loads(summary.read_text()) if summary.exists() else None
+            with (directory / "metrics.csv").open(newline="") as file:
+                return cls(directory, config, outcome, list(csv.DictReader(file)))
+
+    @property
+    def setting(self) -> tuple[Any, ...]:
+        """What runs of different seeds must share to be averaged."""
+        data = json.dumps(self.config["data"]["checksums"], sort_keys=True)
+        return self.experiment, self.replay_mode, self.recipe, tuple(self.flags), data
+
+    @property
+    def unofficial(self) -> dict[str, str]:
+        """What to call data sets whose files were not the official ones, by their names."""
+        names = {file.split("/")[0] for file in self.config["data"]["unverified"]}
+        return {name: self.config["data"].get(name, f"unofficial {name.upper()}") for name in sorted(names)}
+
+    @property
+    def data_note(self) -> str:
+        """A note for figures and tables if the data were not the official files."""
+        return ", ".join(f"{title} in place of {name.upper()}" for name, title in self.unofficial.items())
+
+    @property
+    def task_titles(self) -> list[str]:
+        return [f"task {number}: {title}" for number, title in enumerate(self.tasks, start=1)]
+
+    def precision(self, task: int) -> Curve:
+        """Precision on task 1, 2, ... over solver iterations."""
+        return self.curves.get(("solver", f"precision-{task}"), {})
+
+    def average_precision(self) -> Curve:
+        """The mean of the precisions on all tasks so far, over solver iterations."""
+        curves = [self.precision(task) for task in range(1, len(self.tasks) + 1)]
+        values = {x: [curve[x] for curve in curves if x in curve] for x in sorted(set().union(*curves))}
+        return {x: sum(ys) / len(ys) for x, ys in values.items()}
+
+    def kept_samples(self) -> dict[tuple[int, int], Path]:
+        """The pictures of --sample-log by task and iteration, in order."""
+        renamed = re.search(r"(~\d+)?$", self.directory.name)[0]  # with the rest of the run, when a later one began
+        paths = (Path(self.options["sample_dir"]) / f"{self.name}{renamed}").glob("*.jpg")
+        numbers = ((re.fullmatch(r"task-(\d+)-iteration-(\d+)", path.stem), path) for path in paths)
+        found = {(int(found[1]), int(found[2])): path for found, path in numbers if found}
+        tasks, length = len(self.tasks), self.lengths["generator"]
+        return {(task, i): found[task, i] for task, i in sorted(found) if task <= tasks and i <= length}
+
+
+MODES = ["none", "noise-replay", "exact-replay", "generative-replay"]
+IN_ORDER = ["mnist-chain", "permutated-mnist", "mnist-svhn", "svhn-mnist", "split-mnist", *MODES]  # of the paper
+
+
+def find_runs(paths: Sequence[Path]) -> list[Run]:
+    """The runs in these directories and below, behind symbolic links too.
+
+    Leaves out runs that a later one has renamed, and with a warning those that can't be read.
+    """
+    runs: dict[Path, Run] = {}
+    for path in paths:
+        found, seen = [], set()
+        for directory, inside, files in os.walk(path, followlinks=True):
+            inside.sort()
+            if (real := os.path.realpath(directory)) in seen:
+                inside.clear()
+            elif "config.json" in files:
+                try:
+                    found.append(Run.read(Path(directory)))
+                except UserError as error:
+                    warn(str(error))
+            seen.add(real)
+        found = found or [Run.read(path)]  # which says what is wrong
+        newest = [run for run in found if not run.directory.name.startswith(f"{run.name}~")]
+        runs |= {run.directory.resolve(): run for run in newest or found[:1]}
+    return list(runs.values())
+
+
+class Setting:
+    """Runs that differ in nothing but the seed. `label` tells a setting from the others of its figure.
+
+    Results are those of the `finished` runs; if there are none, curves go as far as all runs have come.
+    """
+
+    def __init__(self, runs: list[Run]):
+        self.runs = runs
+        self.finished = [run for run in runs if run.summary]
+        self.shown = self.finished or runs
+        self.first = self.shown[0]
+        self.label = self.first.replay_mode
+
+    def matrix(self) -> np.ndarray:
+        """The precision matrix, averaged over seeds; NaN where nothing was measured."""
+        return np.mean([np.array(run.summary["precision"], dtype=float) for run in self.finished], axis=0)
+
+    def curve(self, of: Callable[[Run], Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Iterations, mean and standard deviation over seeds, wherever all runs were measured."""
+        curves = [of(run) for run in self.shown]
+        xs = sorted(set.intersection(*map(set, curves)))
+        ys = np.array([[curve[x] for x in xs] for curve in curves])
+        return np.array(xs), ys.mean(axis=0), ys.std(axis=0, ddof=min(1, len(ys) - 1))
+
+
+def group_runs(runs: Sequence[Run]) -> dict[str, list[Setting]]:
+    """The settings of each experiment, in the order of the paper.
+
+    Of two runs with the same setting and seed, a finished one counts, else the first.
+    """
+    rank = {name: number for number, name in enumerate(IN_ORDER)}
+    same: dict[Any, dict[int, Run]] = {}
+    order = [(rank.get(run.experiment, 99), rank.get(run.replay_mode, 99), not run.summary) for run in runs]
+    for _, run in sorted(zip(order, runs, strict=True), key=lambda pair: pair[0]):
+        seeds = same.setdefault(run.setting, {})
+        if seeds.setdefault(run.seed, run) is not run:
+            warn(f"{run.directory} is left out: it is the same run as {seeds[run.seed].directory}")
+    experiments: dict[str, list[Setting]] = {}
+    for seeds in same.values():
+        setting = Setting(list(seeds.values()))
+        experiments.setdefault(setting.first.experiment, []).append(setting)
+    for settings in experiments.values():
+        label(settings)
+    return experiments
+
+
+def label(settings: Sequence[Setting]) -> None:
+    """Label settings with the replay mode, and with recipe, flags and data where those of one mode differ in them."""
+    for setting in settings:
+        run = setting.first
+        rivals = [other.first for other in settings if other.first.replay_mode == run.replay_mode]
+        parts = [run.recipe] if len({rival.recipe for rival in rivals}) > 1 else []
+        parts += [flag for flag in run.flags if not all(flag in rival.flags for rival in rivals)]
+        if len({rival.data_note for rival in rivals}) > 1:
+            parts.append(run.data_note or "official data")
+        setting.label = run.replay_mode + (f" ({', '.join(parts)})" if parts else "")
