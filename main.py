@@ -42,7 +42,7 @@ VAE = SOFT | {"generator": "vae", "solver": "mlp", "lr": 1e-3, "batch_size": 128
 VAE_CHAIN = {"solver": "cnn", "solver_channel_size": 128, "solver_iterations": 5000, "temperature": 4.0}
 # The defaults that each recipe sets: for the experiments named, and ("") for all others.
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
-    "2017": {"": {}},  # the 2017 repository's
+    "2017": {"": {}},
     "best": {"": BEST, "permutated-mnist": VAE, "mnist-svhn": NARROW, "svhn-mnist": NARROW},
     "quick": {"": QUICK, "svhn-mnist": QUICK | {"generator_iterations": 600, "solver_iterations": 900}},
     "vae": {"": VAE, "split-mnist": VAE | {"solver_iterations": 500, "temperature": 4.0}},
@@ -52,13 +52,7 @@ RECIPES["best"]["mnist-chain"], RECIPES["vae"]["mnist-chain"] = BEST | BEST_CHAI
 
 @dataclass(frozen=True, kw_only=True)
 class Actions:
-    train: bool = option(
-        False,
-        "train a scholar on a sequence of tasks",
-        None,
-        exclusive="required",
-        group="action (required)",
-    )
+    train: bool = option(False, "train a scholar on tasks", None, exclusive="required", group="action (required)")
     test: bool = option(False, "draw samples from a trained scholar (same flags)", None, exclusive="required")
 
 

@@ -254,7 +254,7 @@ class LivePlots(Observer):
                 with self._changed:
                     method, arguments = newest()
                 client = client or connect(**self._connection)
-                # A copy of the options: visdom removes some, and a failed post is repeated.
+                # A copy of the options: visdom writes into them, and a failed post is repeated.
                 post = partial(getattr(client, method), win=window, **arguments)
                 post(opts=dict(arguments["opts"]))
                 if not self._cleared:  # only after the first post is the environment sure to exist
@@ -399,11 +399,10 @@ def precision_figure(settings: Sequence[Setting]) -> Figure:
 
 def setting_styles(settings: Sequence[Setting]) -> list[dict[str, Any]]:
     """Colour, dash pattern and label of each setting; a replay mode's first setting looks the same in every figure."""
-    free, styles = [*MODES, *range(len(settings))], []
-    for setting in settings:
-        mode = setting.first.replay_mode
-        at = MODES.index(mode) if mode in free else len(MODES) + len(styles)
-        free = [other for other in free if other != mode]
+    modes = [setting.first.replay_mode for setting in settings]
+    styles: list[dict[str, Any]] = []
+    for number, (setting, mode) in enumerate(zip(settings, modes, strict=True)):
+        at = MODES.index(mode) if mode in MODES and mode not in modes[:number] else len(MODES) + number
         seeds = f", {len(setting.shown)} seeds" if len(setting.shown) > 1 else ""
         style = {"color": SETTING_COLOURS[at % len(SETTING_COLOURS)], "linestyle": DASHES[(at + 3) % len(DASHES)]}
         styles.append(style | {"label": setting.label + seeds})
