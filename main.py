@@ -16,7 +16,6 @@ import re
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +89,9 @@ class Options(
         default["replay_targets"], _ = targets_and_temperature(mode, None, None, recipe)
         _, default["temperature"] = targets_and_temperature(mode, self.replay_targets, None, recipe)
         apart = {"experiment", "tasks", "replay_mode", "seed"}
+        apart |= {"importance_of_new_task"} if self.chain or mode is None else set()
         if mode is None:
-            apart |= {"replay_targets", "temperature", "importance_of_new_task"}
+            apart |= {"replay_targets", "temperature"}
         elif mode.needs_generator:
             apart.add("sample_log")
         keys = [f.name for f in fields(self) if f.metadata.get("changes") and f.name not in apart]
@@ -218,8 +218,7 @@ def nothing_to_resume(options: Options) -> bool:
     if not options.resume or not options.paths.finished:
         return False
     if changes := changes_since(options):
-        instead = "leave out --resume to start again, and it is kept under another name"
-        raise UserError(f"{options.paths.results} holds a run with {changes}: {instead}")
+        raise UserError(f"{options.paths.results} holds a run with {changes}: without --resume, it is kept elsewhere")
     print(f"{options.paths.results} is finished: nothing to resume")
     return True
 
@@ -296,7 +295,7 @@ def make_observers(options: Options, tasks: int) -> list[utils.Observer]:
     observers = [visual.Progress(tasks)]
     observers += [visual.SamplePictures(lambda *_: results / utils.SAMPLES, options.image_log_interval)]
     if options.sample_log:
-        observers += [visual.SamplePictures(partial(visual.kept_sample, log), options.sample_log_interval)]
+        observers += [visual.SamplePictures(lambda *at: visual.kept_sample(log, *at), options.sample_log_interval)]
     try:
         if not options.no_visdom:
             observers += [visual.LivePlots(Run.read(results), options.visdom_server, options.visdom_port)]
@@ -378,8 +377,7 @@ def run_test(options: Options) -> None:
     if changes := utils.differences(checkpoint["options"], plain(options), NETWORKS):
         raise UserError(f"{path} was trained with {changes}: use the flags it was trained with")
     if not checkpoint["generator_trained"]:
-        why = f"{options.replay_mode} trains one only with --sample-log"
-        raise UserError(f"{path} has a generator that was never trained: {why}")
+        raise UserError(f"{path}: the generator was never trained: {options.replay_mode} needs --sample-log for that")
     device = models.choose_device(gpus=not options.no_gpus)
     dtype = models.choose_dtype(options.dtype, device)
     scholar = models.make_scholar(checkpoint["image_channels"], checkpoint["classes"], options, compute_dtype=dtype)

@@ -356,7 +356,7 @@ def panels(count: int, settings: Sequence[Setting], height: float = 3.4) -> tupl
     """A figure with so many plots, at most four in a row, and a title for the settings."""
     rows = -(-count // 4)
     columns = -(-count // rows)
-    figure = Figure(figsize=(0.8 + 3.6 * columns, height * rows), layout="constrained")
+    figure = Figure(figsize=(0.8 + 3.0 * columns, height * rows), layout="constrained")
     figure.suptitle(figure_title(settings))
     return figure, [figure.add_subplot(rows, columns, number + 1) for number in range(count)]
 
@@ -374,9 +374,9 @@ def legend_below(figure: Figure, all_axes: Sequence[Axes]) -> None:
     handles, labels = max((axes.get_legend_handles_labels() for axes in all_axes), key=lambda found: len(found[0]))
     labels = [textwrap.fill(label, 64) for label in labels]
     lines = [line for label in labels for line in label.split("\n")]
-    columns = max(1, int(figure.get_figwidth() / (max(map(len, lines), default=1) * 0.085 + 0.7)))  # inches
+    columns = max(1, int(figure.get_figwidth() / (max(map(len, lines), default=1) * 0.08 + 0.5)))  # inches
     figure.set_figheight(figure.get_figheight() + 0.22 * max(0, len(lines) / columns - 1))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, handlelength=3)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, handlelength=2.4)
 
 
 def precision_figure(settings: Sequence[Setting]) -> Figure:
@@ -452,7 +452,8 @@ def samples_figure(settings: Sequence[Setting]) -> Figure | None:
         return None
     tasks = max(len(setting.first.tasks) for setting, _ in shown)
     figure = Figure(figsize=(0.4 + 2.2 * tasks, 0.6 + 2.4 * len(shown)), layout="constrained")
-    figure.suptitle(f"{figure_title([setting for setting, _ in shown])}: samples after each task")
+    title = f"{figure_title([setting for setting, _ in shown])}: samples after each task"
+    figure.suptitle(textwrap.fill(title, int(11 * figure.get_figwidth())))
     for axes_row, (setting, samples) in zip(figure.subplots(len(shown), tasks, squeeze=False), shown, strict=True):
         end = setting.first.lengths["generator"]
         axes_row[0].set_ylabel(textwrap.fill(setting.label, 32))

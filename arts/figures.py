@@ -1,337 +1,402 @@
 #!/usr/bin/env python3
-"""Make the README's figures and tables from the runs kept in arts/runs, without training (`make figures`).
+"""Draw every figure and write arts/RESULTS.md from the kept runs, without training (`make figures`).
 
-    arts/figures.py                                 all figures, and the README between its two marks
-    arts/figures.py --keep results/NAME ...         first copy finished runs to arts/runs: no paths, fewer loss rows
-    arts/figures.py --keep-ablations results        first copy what benchmarks/ablations.py has left there
+    arts/figures.py                             all figures, GIFs and tables
+    arts/figures.py --keep results/NAME ...     first keep finished runs
+    arts/figures.py --keep-ablations results    first keep what benchmarks/ablations.py left there
 
-README.md holds the tables between `<!-- results -->` and `<!-- end of results -->`, and that of all experiments between
-`<!-- overview -->` and `<!-- end of overview -->`.
+runs.csv has one row per run, curves.csv.xz what was measured during training, samples.zip the pictures of --sample-log.
+The prose of RESULTS.md is in RESULTS.template.md, where {{...}} stands for a table or for numbers (see `numbers`).
 """
 
 import csv
+import io
 import json
+import lzma
 import re
 import shutil
 import statistics
 import sys
-from collections.abc import Iterable
+import tempfile
+import textwrap
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 ARTS = Path(__file__).resolve().parent
-ROOT = ARTS.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ARTS.parent))
 
 import main  # noqa: E402
-import train  # noqa: E402
+import utils  # noqa: E402
 import visual  # noqa: E402
-from utils import Parser, UserError, atomic_write, run_program, without_flags  # noqa: E402
+from utils import MODES, Run, Setting, UserError, flag  # noqa: E402
 
-RUNS = ARTS / "runs"
-ABLATIONS = ARTS / "ablations"
-README = ROOT / "README.md"
-SIZES = {"": "Full size", "-quick": "`--quick` size"}
-# The figures of each experiment; `visual.py arts/runs --figures DIR` draws all there are.
-SHOWN = {
+# ------------------------------------------------------------------------------------------------ the kept runs
+
+SUMMARY = ("average_precision", "forgetting", "precision", "seconds")
+OPTIONS = ("generator_iterations", "solver_iterations", "test_size")
+VERSIONS = ("python", "torch", "torchvision", "numpy")
+AS_JSON = ("precision", "data", "tasks", "command")
+MEASURED = ("phase", "task", "iteration", "name", "value")
+VARIATION = "variation="  # what benchmarks/ablations.py puts before a variation's name, among the flags
+
+
+def to_row(run: Run) -> dict[str, str]:
+    """A run as a row of runs.csv."""
+    row = {"run": run.name, "experiment": run.experiment, "variation": run.config.get("variation", "")}
+    row |= {"replay_mode": run.replay_mode, "recipe": run.recipe}
+    row["flags"] = " ".join(flag for flag in run.flags if not flag.startswith(VARIATION))
+    row |= {"seed": run.seed} | {key: run.summary[key] for key in SUMMARY}
+    row |= {key: run.config[key] for key in ("device", "dtype", "commit", "data", "tasks")}
+    row |= {key: run.options[key] for key in OPTIONS} | {key: run.config["versions"][key] for key in VERSIONS}
+    row |= {"started": run.config["started"], "command": run.config["command"]}
+    text = {key: json.dumps(value) if key in AS_JSON else str(value) for key, value in row.items()}
+    return text | {"commit": run.config["commit"] or ""}
+
+
+def to_run(row: dict[str, str], measured: Sequence[dict[str, str]], samples: Path) -> Run:
+    """The run of a row of runs.csv. samples: the directory with the unpacked pictures."""
+    config: dict[str, Any] = row | {key: json.loads(row[key]) for key in AS_JSON}
+    config |= {"name": row["run"], "seed": int(row["seed"]), "flags": row["flags"].split()}
+    config["flags"] += [VARIATION + row["variation"]] if row["variation"] else []
+    config["versions"] = {key: row[key] for key in VERSIONS}
+    config["options"] = {"sample_dir": samples} | {key: int(row[key]) for key in OPTIONS}
+    summary = {key: config[key] if key in AS_JSON else float(row[key]) for key in SUMMARY}
+    return Run(Path(row["run"]), config, summary, measured)
+
+
+def read_kept(samples: Path) -> list[Run]:
+    """The kept runs. samples: an empty directory to unpack their pictures into."""
+    with zipfile.ZipFile(ARTS / "samples.zip") as archive:
+        archive.extractall(samples)
+    measured: dict[str, list[dict[str, str]]] = {}
+    with lzma.open(ARTS / "curves.csv.xz", "rt", newline="") as file:
+        for row in csv.DictReader(file):
+            measured.setdefault(row.pop("run"), []).append(row)
+    with (ARTS / "runs.csv").open(newline="") as file:
+        return [to_run(row, measured[row["run"]], samples) for row in csv.DictReader(file)]
+
+
+def write_kept(runs: Sequence[Run]) -> None:
+    def write_rows(file: Any, rows: list[dict[str, str]]) -> None:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+    curves = io.StringIO()
+    write_rows(curves, [{"run": run.name} | {key: row[key] for key in MEASURED} for run in runs for row in run.rows])
+    with utils.atomic_write(ARTS / "curves.csv.xz", "wb") as file:
+        file.write(lzma.compress(curves.getvalue().encode()))
+    with utils.atomic_write(ARTS / "samples.zip", "wb") as file, zipfile.ZipFile(file, "w") as archive:
+        for run in runs:
+            for path in run.kept_samples().values():
+                archive.writestr(zipfile.ZipInfo(f"{run.name}/{path.name}"), path.read_bytes())  # of no date
+    with utils.atomic_write(ARTS / "runs.csv") as file:
+        write_rows(file, [to_row(run) for run in runs])
+
+
+def keep(kept: list[Run], run: Run, samples: Path) -> None:
+    """Add a finished run to the kept ones. It replaces the same run, if that is kept, and no other."""
+    if run.summary is None:
+        raise UserError(f"{run.directory} is not finished")
+    if run.options["tasks"]:
+        raise UserError(f"{run.directory} has tasks of its own, and RESULTS.md is about the experiments")
+    same = [at for at, other in enumerate(kept) if (other.setting, other.seed) == (run.setting, run.seed)]
+    row = to_row(run) | {"run": kept[same[0]].name if same else new_name(run, kept)}
+    row["command"] = json.dumps(without_directories(run.config["command"]))
+    for other in kept:  # it may have a name for data that are not the official ones
+        if other.config["data"]["checksums"] == run.config["data"]["checksums"]:
+            row["data"] = json.dumps(other.config["data"])
+    every = 5 * run.options["loss_log_interval"]
+    measured = [row for row in run.rows if utils.PRECISION.fullmatch(row["name"]) or int(row["iteration"]) % every == 0]
+    pictures = list(run.kept_samples().values()) if run.seed == 0 else []  # figures show those of one seed
+    shutil.rmtree(samples / row["run"], ignore_errors=True)
+    for picture in pictures:
+        (samples / row["run"]).mkdir(exist_ok=True)
+        shutil.copy(picture, samples / row["run"])
+    kept[slice(same[0], same[0] + 1) if same else slice(len(kept), None)] = [to_run(row, measured, samples)]
+    print(f"kept: {row['run']}" + (", in place of the same run" if same else ""))
+
+
+def new_name(run: Run, kept: Sequence[Run]) -> str:
+    """Experiment, replay mode, recipe (or the variation), a number if other flags or data have these, and the seed."""
+    settings = {other.name.rsplit("-seed", 1)[0]: other.setting for other in kept}
+    variation = run.config.get("variation")
+    parts = ["ablation", variation] if variation else [run.experiment, run.replay_mode, run.recipe]
+    stem = re.sub(r"[^\w.-]+", "-", "-".join(parts))
+    names = [stem, *(f"{stem}-{number}" for number in range(2, len(kept) + 3))]
+    return next(name for name in names if settings.get(name, run.setting) == run.setting) + f"-seed{run.seed}"
+
+
+def without_directories(command: Sequence[str]) -> list[str]:
+    """A command without the directories of the machine where it ran."""
+    script = "benchmarks/ablations.py" if Path(command[0]).name == "ablations.py" else "./main.py"
+    words = "\0".join(["", *command[1:]])
+    return [script, *re.sub(r"\0--([a-z]+-dir|results)[=\0][^\0]*", "", words).split("\0")[1:]]
+
+
+# --------------------------------------------------------------------------------------------- tables, figures
+
+# Published results after the last task, averaged over tasks, read off figures (the chain's: from a table).
+PUBLISHED = {
+    "mnist-chain": {"paper": {"generative-replay": "0.9856"}},
+    "permutated-mnist": {
+        "paper": {"none": "0.53", "noise-replay": "0.66", "exact-replay": "0.955", "generative-replay": "0.93"},
+        "2017 repository": {
+            "none": "0.75 to 0.79",
+            "exact-replay": "0.96 to 0.97",
+            "generative-replay": "0.89 to 0.91",
+        },
+    },
+    "mnist-svhn": {
+        "paper, on SVHN": {"none": "0.843", "exact-replay": "0.945", "generative-replay": "0.94"},
+        "2017 repository, on SVHN": {"none": "0.81", "exact-replay": "0.935", "generative-replay": "0.923"},
+    },
+    "svhn-mnist": {
+        "paper, on SVHN": {"none": "0.815", "exact-replay": "0.948", "generative-replay": "0.943"},
+        "2017 repository, on SVHN": {"none": "0.815", "exact-replay": "0.945", "generative-replay": "0.915"},
+    },
+    "split-mnist": {
+        "paper": {"none": "0.175", "noise-replay": "0.20", "exact-replay": "0.975", "generative-replay": "0.95"}
+    },
+}
+NETWORKS = {flag(key) for key in main.NETWORKS}
+NARROW = [f"{flag(key)}={value}" for key, value in main.NARROW.items() if key in main.NETWORKS]
+KINDS = {
     "precision": "precision on each task",
     "average": "average precision on the tasks so far",
     "samples": "samples of the generator after each task",
 }
 
 
-# ------------------------------------------------------------------------------------------------------- keep
+def together(settings: Sequence[Setting]) -> dict[str, list[Setting]]:
+    """The settings of an experiment that figures show together, by recipe, and by networks if those are not its own.
 
-
-def keep(directory: Path, suffix: str = "") -> Path:
-    """Copy the files of a finished run to arts/runs."""
-    run = visual.Run(directory)
-    if run.summary is None:
-        raise UserError(f"{directory} is not finished")
-    if run.options["tasks"]:
-        raise UserError(f"{directory} has tasks of its own, and no experiment of the README")
-    target = RUNS / f"{run.name}{size_of(run)}-seed{run.seed}{suffix}"
-    if target.exists() and target.samefile(directory):
-        return target
-    if target.exists() and visual.Run(target).learned_with != run.learned_with:  # its name does not hold all flags
-        raise UserError(f"{target} is a run with other flags than {directory}: give a --suffix, or take it away first")
-    copy_run(run, target)
-    return target
-
-
-def copy_run(run: visual.Run, target: Path) -> None:
-    """Copy the files of a run without paths of this machine, and with fewer rows of losses."""
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    kept_samples = {} if run.seed else run.kept_samples()  # of one seed, which is what figures show
-    for path in run.options:
-        if path.endswith("_dir"):
-            run.options[path] = ""
-    script, *words = run.config["command"]
-    script = "benchmarks/ablations.py" if Path(script).name == "ablations.py" else "./main.py"
-    run.config["command"] = [script, *without_flags(words, "--([a-z]+-dir|results)")]
-    for name, content in (("config", run.config), ("summary", run.summary)):
-        train.write_json(target / f"{name}.json", content)
-    with (target / "metrics.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, run.rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row for row in run.rows if stays(row, run.options))
-    if (run.directory / visual.SAMPLES).exists():
-        with Image.open(run.directory / visual.SAMPLES) as samples:  # one channel, where all three are the same
-            red, *others = samples.convert("RGB").split()
-            grey = all(channel.tobytes() == red.tobytes() for channel in others)
-            (red if grey else samples).save(target / visual.SAMPLES, optimize=True)
-    for path in kept_samples.values():
-        (target / visual.SAMPLE_LOG).mkdir(exist_ok=True)
-        shutil.copy(path, target / visual.SAMPLE_LOG)
-
-
-def keep_ablations(results: Path) -> None:
-    """Copy the runs of benchmarks/ablations.py, and its list of them."""
-    finished = [run for run in visual.find_runs([results / "ablations"]) if run.summary]
-    targets = [ABLATIONS / seed.parent.name / seed.name for seed in (run.directory.parents[1] for run in finished)]
-    if twice := {str(target) for target in targets if targets.count(target) > 1}:
-        raise UserError(f"{results}: runs with different flags of {', '.join(sorted(twice))}: keep those of one call")
-    for run, target in zip(finished, targets, strict=True):
-        copy_run(run, target)
-    shutil.copy(results / "ablations.json", ABLATIONS)
-
-
-def stays(row: dict[str, str], options: dict) -> bool:
-    """Whether a row of metrics stays: all precisions, and of the losses every fifth measurement."""
-    every = 5 * options["loss_log_interval"]
-    return bool(visual.PRECISION.fullmatch(row["name"])) or int(row["iteration"]) % every == 0
-
-
-def size_of(run: visual.Run) -> str:
-    return "-quick" if run.options["quick"] else ""
-
-
-# --------------------------------------------------------------------------------------------- tables, figures
-
-
-def flags_of(run: visual.Run) -> list[str]:
-    """The flags that a run's outcome depends on, its seed aside."""
-    flags = ["--quick"] * run.options["quick"]
-    flags += [f"--experiment={run.experiment}", f"--replay-mode={run.replay_mode}"]
-    for key, value in run.learned_with.items():
-        if value != getattr(main.parse(["--train", *flags]), key):  # some defaults follow from the flags before
-            flags.append(main.flag(key) + (f"={value}" if value is not True else ""))
-    return flags
-
-
-def further_flags(run: visual.Run) -> list[str]:
-    """What of them is not experiment, replay mode or size."""
-    return flags_of(run)[2 + run.options["quick"] :]
-
-
-def is_plain(run: visual.Run) -> bool:
-    """Whether nothing that changes what is learned was chosen but experiment, replay mode and size."""
-    return not {*further_flags(run)} - {"--sample-log"}
-
-
-def has_suffix(run: visual.Run) -> bool:
-    """Whether a run is kept as one of those that tried other flags."""
-    return not run.directory.name.endswith(f"-seed{run.seed}")
-
-
-def is_narrow(run: visual.Run) -> bool:
-    """Whether a network has fewer channels than those of its size have."""
-    usual = vars(main.parse(["--train", *["--quick"] * run.options["quick"]]))
-    keys = ("generator_c_channel_size", "generator_g_channel_size", "solver_channel_size")
-    return any(run.options[key] < usual[key] for key in keys)
-
-
-def drawn(arms: list[visual.Arm]) -> dict[str, list[visual.Arm]]:
-    """The arms of an experiment that figures show together, by what the names of their files end in.
-
-    Those of each pair of networks that has several replay modes, if any has: of each mode the plain arm, or where there
-    is none one kept without a suffix, or else that of most seeds, and of these the best.
+    Of each replay mode, the one with the most seeds, and of these the one closest to the recipe. One mode alone is
+    shown only if it is the recipe as it is.
     """
-    chosen: dict[str, dict[str, visual.Arm]] = {}
-
-    def rank(arm: visual.Arm) -> tuple[bool, bool, int, float]:
-        precisions = [run.summary["average_precision"] for run in arm.finished]
-        return is_plain(arm.first), not has_suffix(arm.first), len(arm.runs), statistics.mean(precisions)
-
-    for arm in sorted(arms, key=rank):
-        options = arm.first.options
-        networks = "".join(f"-{options[key]}" for key in ("generator", "solver"))
-        usual = networks == "-wgan-cnn" and not is_narrow(arm.first)
-        chosen.setdefault("" if usual else networks, {})[arm.first.replay_mode] = arm
-    most = {networks: by_mode for networks, by_mode in chosen.items() if len(by_mode) > 1} or chosen
-    together = {networks: [arm for arm in arms if arm in most[networks].values()] for networks in sorted(most)}
-    for shown in together.values():
-        visual.label(shown)
-    return together
+    groups: dict[tuple[int, str], dict[str, Setting]] = {}
+    for setting in sorted(settings, key=lambda setting: (len(setting.finished), -len(setting.first.flags))):
+        run = setting.first
+        networks = [flag for flag in run.flags if flag.split("=")[0] in NETWORKS]
+        networks = ["narrow"] if set(networks) == set(NARROW) else [flag.removeprefix("--") for flag in networks]
+        key = list(main.RECIPES).index(run.recipe), "-".join([run.recipe, *networks])
+        groups.setdefault(key, {})[run.replay_mode] = setting
+    shown = {}
+    for (_, name), by_mode in sorted(groups.items()):
+        if len(by_mode) > 1 or not any(setting.first.flags for setting in by_mode.values()):
+            shown[name] = [by_mode[mode] for mode in MODES if mode in by_mode]
+    return shown
 
 
-def heading(experiment: str, arms: list[visual.Arm], size: str) -> str:
-    """What is above figures: the experiment, its data, its size, and the further flags of the arms."""
-    note = f" ({arms[0].first.data_note})" if arms[0].first.data_note else ""
-    further = {arm.label: further_flags(arm.first) for arm in arms}
-    common = [flag for flag in further[arms[0].label] if all(flag in flags for flags in further.values())]
-    text = f"**{experiment}**{note}, {SIZES[size].lower()}" + (f" with {code(common)}" if common else "")
-    own = {label: code(flag for flag in flags if flag not in common) for label, flags in further.items()}
-    return "; ".join([text, *(f"{label}: {flags}" for label, flags in own.items() if flags)])
-
-
-def kept_as(arm: visual.Arm) -> str:
-    """The directories of an arm's runs in arts/runs, as a shell would expand it."""
-    seeds = ",".join(str(run.seed) for run in arm.runs)
-    return re.sub(r"-seed\d+", f"-seed{{{seeds}}}" if "," in seeds else f"-seed{seeds}", arm.first.directory.name)
-
-
-def code(flags: Iterable[str]) -> str:
+def code(flags: Sequence[str]) -> str:
     return " ".join(f"`{flag}`" for flag in flags)
 
 
-def row_of(arm: visual.Arm) -> dict[str, str]:
-    """An arm as a row of the README's table."""
-    cells = visual.cells(arm)
-    run = arm.first
-    return {
-        "experiment": cells["experiment"],
-        "replay mode": run.replay_mode,
-        "further flags": code(further_flags(run)),
-        "seeds": cells["seeds"],
-        "paper": cells["paper"],
-        "2017 repository": cells["2017 repository"],
-        "ours": f"**{cells['average precision']}**",
-        "forgetting": cells["forgetting"],
-        "seconds": cells["seconds"],
-        "device": ", ".join(sorted({each.config["device"] for each in arm.runs})),
-        "commit": ", ".join(sorted({(each.config["commit"] or "")[:7] for each in arm.runs})),
+def row_of(setting: Setting) -> dict[str, str]:
+    """A setting as a row of a table."""
+
+    def each(key: str) -> str:
+        return ", ".join(sorted({run.config[key] for run in setting.runs}))
+
+    cells = visual.cells(setting) | {
+        "flags": code(setting.first.flags),
+        "device": each("device"),
+        "dtype": each("dtype"),
     }
+    cells["commit"] = ", ".join(sorted({run.config["commit"][:7] for run in setting.runs}))
+    return {key: value for key, value in cells.items() if key != "experiment"}
 
 
-def chain_table(arm: visual.Arm) -> str:
-    """The precision of each scholar of a chain."""
-    numbers = [[run.summary["precision"][i][i] for run in arm.finished] for i in range(len(arm.first.tasks))]
-    return visual.markdown([{f"scholar {i}": visual.spread(own, 4) for i, own in enumerate(numbers, start=1)}])
+def overview(experiments: dict[str, dict[str, list[Setting]]]) -> str:
+    """Average precision by experiment, recipe and replay mode, above the published numbers."""
+    rows = []
+    for experiment, groups in experiments.items():
+        for name, settings in groups.items():
+            cells = {setting.first.replay_mode: visual.cells(setting) for setting in settings}
+            precisions = [cells.get(mode, {}).get("average precision", "") for mode in MODES]
+            title = next(iter(cells.values()))["experiment"]
+            rows.append([title, name.replace("-", ", ", 1), *precisions])
+        for source, published in PUBLISHED.get(experiment, {}).items():
+            rows.append([experiment, f"*{source}*", *(published.get(mode, "") for mode in MODES)])
+    return visual.markdown([dict(zip(["experiment", "recipe", *MODES], row, strict=True)) for row in rows])
 
 
-def overview(runs: list[visual.Run]) -> list[str]:
-    """Average precisions of the arms in figures, a row for each experiment, size and pair of networks."""
-    names = {"wgan": "WGAN-GP", "vae": "VAE", "cnn": "CNN", "mlp": "MLP"}
-    rows: dict[str, list[dict[str, str]]] = {}
-    for size in SIZES:
-        for experiment, arms in visual.arms_of([run for run in runs if size_of(run) == size]).items():
-            for together in drawn(arms).values():
-                cells = {arm.first.replay_mode: visual.cells(arm) for arm in together}
-                run = together[-1].first
-                row = {"experiment": visual.cells(together[0])["experiment"], "size": "`--quick`" if size else "full"}
-                networks = [names.get(run.options[key], run.options[key]) for key in ("generator", "solver")]
-                row["networks"] = ", ".join(networks + ["narrow"] * is_narrow(run))
-                for mode in visual.MODES:
-                    own = cells.get(mode, {"average precision": "", "paper": ""})
-                    row[mode] = own["average precision"] + (f" ({own['paper']})" if own["paper"] else "")
-                rows.setdefault(experiment, []).append(row)
-    order = sorted(rows, key=[run.experiment for run in runs].index)
-    return [visual.markdown([row for experiment in order for row in rows[experiment]]), ""]
-
-
-def draw_size(runs: list[visual.Run], size: str) -> list[str]:
-    """Figures of the runs of one size, and what the README says: of the arms in figures, then of all others."""
-    if not runs:
-        return []
-    flags = " --quick" if size else ""
-    experiments = visual.arms_of(runs)
-    figures = {experiment: drawn(arms) for experiment, arms in experiments.items()}
-    shown = {id(arm) for of_networks in figures.values() for together in of_networks.values() for arm in together}
-    table: list[dict[str, str]] = []
-    others: list[dict[str, str]] = []
-    for arm in (arm for arms in experiments.values() for arm in arms):
-        (table if id(arm) in shown else others).append(row_of(arm))
-    own_data = ", ".join(sorted({called for run in runs for called in run.unofficial.values()}))
-    lead = f"`./main.py --train{flags} --experiment=... --replay-mode=... --seed=...`, and"
-    lead += f" (with {own_data}: `--unverified-data` too)" if own_data else ""
-    text = [f"### {SIZES[size]}", "", f"{lead}:"]
-    text += ["", visual.markdown(table), ""]
-    if others:
-        summary = (
-            f"<details><summary>{len(others)} more rows: the same with other flags, to see what they change</summary>"
-        )
-        text += [summary, "", visual.markdown(others), "", "</details>", ""]
-    for experiment, of_networks in figures.items():
-        for networks, together in of_networks.items():
-            text += draw_experiment(together, ARTS / f"{experiment}{size}{networks}", size)
-    return text
-
-
-def draw_experiment(arms: list[visual.Arm], stem: Path, size: str) -> list[str]:
-    """Figures of the arms of one experiment, named after `stem`, and what the README says of them."""
-    experiment = arms[0].first.experiment
-    kept = ", ".join(f"`{kept_as(arm)}`" for arm in arms)
-    note = "; samples are of the first seed" if any(arm.first.kept_samples() for arm in arms) else ""
-    text = [heading(experiment, arms, size), "", f"Runs: {kept}{note}.", ""]
-    for kind, says in SHOWN.items():
-        if experiment in main.CHAINS and kind == "average":  # of one task at a time: says what precision says
-            continue
-        if figure := visual.FIGURES[kind](arms):
-            path = stem.with_name(f"{stem.name}-{kind}.png")
+def draw(experiment: str, name: str, settings: list[Setting]) -> list[str]:
+    """Draw the figures of settings shown together. Returns their lines in RESULTS.md."""
+    utils.label(settings)
+    stem, text = f"{experiment}-{name}", [f"### {experiment}, {name.replace('-', ', ', 1)}", ""]
+    chain = settings[0].first.summary["precision"][-1][0] is None
+    for kind, title in KINDS.items():
+        figure = None if chain and kind == "average" else visual.FIGURES[kind](settings)  # the two would be the same
+        if figure is not None:
+            path = ARTS / f"{stem}-{kind}.png"
             visual.write_figure(figure, path)
             Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
-            text += [f"![{says}]({path.relative_to(ROOT)})", ""]
-    if experiment in main.CHAINS:
-        text += [chain_table(arms[-1]), ""]
-    animation = stem.with_name(f"{stem.name}.gif")
-    if visual.save_animation(arms, animation):
-        text += [f"![the generator through all tasks]({animation.relative_to(ROOT)})", ""]
+            text += [f"![{experiment}: {title}]({path.name})", ""]
+    if visual.save_animation(settings, ARTS / f"{stem}.gif"):
+        text += [f"![{experiment}: samples through training]({stem}.gif)", ""]
+    if chain:
+        scholars = {
+            f"scholar {number}": visual.mean_sd([final(run)[number - 1] for run in settings[0].finished], 4)
+            for number in range(1, len(settings[0].first.tasks) + 1)
+        }
+        text += [visual.markdown([scholars]), ""]
     return text
 
 
-def ablations() -> list[str]:
-    """What the README says of the runs of benchmarks/ablations.py."""
-    content = json.loads((ABLATIONS / "ablations.json").read_text())
+def final(run: Run) -> list[float]:
+    """The precision on each task in the end; in a chain, that of each scholar."""
+    matrix = run.summary["precision"]
+    return [next(row[task] for row in reversed(matrix) if row[task] is not None) for task in range(len(matrix))]
+
+
+# ------------------------------------------------------------------------------------------------- RESULTS.md
+
+
+def numbers(query: str, settings: Sequence[Setting]) -> str:
+    """Numbers of a setting, for the prose.
+
+    A setting is EXPERIMENT RECIPE REPLAY-MODE FLAG..., with "narrow" for NARROW, or the name of a variation. It stands
+    for its average precision, mean ± standard deviation. Before it, and a colon: "mean" (without the deviation), "each"
+    (of every seed), "seed 0", "task 2" (the precision on that task, or of that scholar), "later" (the mean over tasks
+    but the first), "lost" (points from the first scholar to the last). "points: A - B" is the difference of two means.
+    """
+    what, _, name = query.rpartition(": ")
+    if what == "points":
+        ours, theirs = (statistics.mean(averages(find(part, settings))) for part in name.split(" - "))
+        return f"{100 * (ours - theirs):.1f}"
+    setting = find(name, settings)
+    if what == "each":
+        return ", ".join(f"{value:.3f}" for value in averages(setting))
+    if what.startswith("seed "):
+        return f"{averages(setting)[[run.seed for run in setting.finished].index(int(what[5:]))]:.3f}"
+    if what == "lost":
+        lost = [100 * (final(run)[0] - final(run)[-1]) for run in setting.finished]
+        return f"{min(lost):.2f} to {max(lost):.2f}" if len(lost) > 1 else f"{lost[0]:.2f}"
+    if what == "later":
+        return visual.mean_sd([statistics.mean(final(run)[1:]) for run in setting.finished], 3)
+    if what.startswith("task "):
+        return visual.mean_sd([final(run)[int(what[5:]) - 1] for run in setting.finished], 3)
+    both = visual.mean_sd(averages(setting), 3)
+    return both.split(" ")[0] if what == "mean" else both
+
+
+def averages(setting: Setting) -> list[float]:
+    return [run.summary["average_precision"] for run in setting.finished]
+
+
+def find(name: str, settings: Sequence[Setting]) -> Setting:
+    experiment, recipe, mode, *flags = f"{name} - - -".split()[: max(3, len(name.split()))]
+    flags = {*flags} - {"narrow"} | (set(NARROW) if "narrow" in flags else set())
+    found = [setting for setting in settings if name == setting.first.config["variation"]]
+    for setting in settings:
+        run = setting.first
+        if (run.experiment, run.recipe, run.replay_mode, {*run.flags} - {"--sample-log"}) == (
+            experiment,
+            recipe,
+            mode,
+            flags,
+        ):
+            found.append(setting)
+    if not found:
+        raise UserError(f"RESULTS.template.md: no kept run is {name!r}")
+    return found[0]  # those with other data were kept later
+
+
+def ablations(settings: Sequence[Setting]) -> str:
+    """A row for each variation of benchmarks/ablations.py."""
+    columns = ("seeds", "average precision", "forgetting", "dtype", "commit")
+    names = [setting.first.config["variation"] for setting in settings]
     rows = []
-    for name in content["average_precision"]:
-        runs = [visual.Run(ABLATIONS / name.replace(" ", "-") / f"seed-{seed}") for seed in content["seeds"]]
-        precisions = [run.summary["average_precision"] for run in runs]
-        rows.append({"permutated-mnist": name, "average precision": visual.spread(precisions, 3)})
-    seeds, commits = ", ".join(map(str, content["seeds"])), ", ".join(commit[:7] for commit in content["commit"])
-    made = f"seeds {seeds}; {', '.join(content['device'])}; commit {commits}"
-    lead = "One thing at a time done as the 2017 repository does it, or by a flag (`benchmarks/ablations.py`), with"
-    return ["### One thing at a time", "", f"{lead} {code(content['flags'])}; {made}:", "", visual.markdown(rows), ""]
+    for name, setting in zip(names, settings, strict=True):
+        flags = f" ({code(setting.first.flags[:-1])})" if names.count(name) > 1 else ""
+        rows.append({"variation": name + flags} | {key: row_of(setting)[key] for key in columns})
+    return visual.markdown(rows)
 
 
-def curves_and_summaries(runs: list[visual.Run]) -> list[str]:
-    """How far precisions on evenly spread test images, which curves show, are from those on whole test sets."""
+def ends(runs: Sequence[Run]) -> str:
+    """How far precisions on the test images of the curves are from those on whole test sets, and how often compared."""
     away = []
     for run in runs:
         last = {(row["phase"], row["task"], row["name"]): float(row["value"]) for row in run.rows}
         pairs = [(value, last.get(("solver", *key))) for (phase, *key), value in last.items() if phase == "test"]
         away += [abs(whole - some) for whole, some in pairs if some is not None]
-    images = ", ".join(str(number) for number in sorted({run.options["test_size"] for run in runs}))
-    lead = f"Curves, on {images} evenly spread test images, end on average"
-    return [f"{lead} {statistics.mean(away):.4f} from the precision on the whole test set ({len(away)} ends).", ""]
+    return f"{statistics.mean(away):.4f} on average ({len(away)} curves)"
 
 
-def draw_all() -> None:
-    runs = visual.find_runs([RUNS])
-    text = [line for size in SIZES for line in draw_size([run for run in runs if size_of(run) == size], size)]
-    readme = README.read_text()
-    text += ablations() + curves_and_summaries(runs)
-    for mark, lines in (("overview", overview(runs)), ("results", text)):
-        marks = re.compile(rf"(<!-- {mark} -->\n).*(<!-- end of {mark} -->)", re.DOTALL)
-        readme = marks.sub(lambda found, lines=lines: found[1] + "\n".join(lines) + found[2], readme)
-    with atomic_write(README) as file:
-        file.write(readme)
+def wrap(block: str) -> str:
+    """A paragraph or list with lines of even length; tables, headings and pictures stay as they are."""
+    if block[0] in "|#!":
+        return block
+    items = [" ".join(item.split()).replace(" ± ", "\u00a0±\u00a0") for item in re.split(r"\n(?=- )", block)]
+    how = {"width": 140, "break_long_words": False, "break_on_hyphens": False}
+    lines = [textwrap.fill(item, subsequent_indent="  " * item.startswith("- "), **how) for item in items]
+    return "\n".join(lines).replace("\u00a0", " ")
 
 
-def run() -> None:
-    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--keep", nargs="+", type=Path, metavar="RUN", default=[], help="runs to keep in arts/runs")
+def draw_all(runs: list[Run]) -> None:
+    """Draw all figures and write RESULTS.md."""
+    variations = [run for run in runs if run.config["variation"]]
+    experiments = utils.group_runs([run for run in runs if not run.config["variation"]])
+    shown = {experiment: together(settings) for experiment, settings in experiments.items()}
+    sections, others = [], []
+    for experiment, settings in experiments.items():
+        chosen = [setting for group in shown[experiment].values() for setting in group]
+        rest = [setting for setting in settings if setting not in chosen]
+        rest.sort(key=lambda setting: list(main.RECIPES).index(setting.first.recipe))
+        title = f"## {visual.cells(settings[0])['experiment']}"
+        sections += [title, "", visual.markdown([row_of(setting) for setting in chosen]) if chosen else "", ""]
+        for name, group in shown[experiment].items():
+            sections += draw(experiment, name, group)
+        others += (
+            [f"### Other settings: {experiment}", "", visual.markdown([row_of(s) for s in rest]), ""] if rest else []
+        )
+    of_variations = [setting for settings in utils.group_runs(variations).values() for setting in settings]
+    order = list(dict.fromkeys(run.config["variation"] for run in variations))
+    of_variations.sort(key=lambda setting: order.index(setting.first.config["variation"]))
+    filled = {
+        "overview": overview(shown),
+        "experiments": "\n".join(sections).rstrip(),
+        "other settings": "\n".join(others).rstrip(),
+        "ablations": ablations(of_variations) if of_variations else "",
+        "ablation flags": code(of_variations[0].first.flags[:-1]) if of_variations else "",
+        "ends": ends([run for run in runs if not run.config["variation"]]),
+        "test size": ", ".join(sorted({str(run.options["test_size"]) for run in runs})),
+        "runs": str(len(runs)),
+        "narrow": code(NARROW),
+    }
+    everything = [setting for settings in experiments.values() for setting in settings] + of_variations
+
+    def fill(found: re.Match[str]) -> str:
+        query = " ".join(found[1].split())
+        return filled[query] if query in filled else numbers(query, everything)
+
+    text = re.sub(r"\{\{(.*?)\}\}", fill, (ARTS / "RESULTS.template.md").read_text(), flags=re.DOTALL)
+    with utils.atomic_write(ARTS / "RESULTS.md") as file:
+        file.write("\n\n".join(map(wrap, re.split(r"\n{2,}", text.strip()))) + "\n")
+
+
+def run(arguments: list[str] | None = None) -> None:
+    parser = utils.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--keep", nargs="+", type=Path, metavar="RUN", default=[], help="finished runs to keep first")
     parser.add_argument("--keep-ablations", type=Path, metavar="DIR", help="results of benchmarks/ablations.py to keep")
-    parser.add_argument("--suffix", default="", metavar="TEXT", help="ends their names, where other flags were chosen")
-    options = parser.parse_args()
-    for directory in options.keep:
-        print(f"kept: {keep(directory, options.suffix)}")
-    if options.keep_ablations:
-        keep_ablations(options.keep_ablations)
-    draw_all()
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as directory:
+        samples = Path(directory)
+        runs = read_kept(samples)
+        new = [Run.read(directory) for directory in options.keep]
+        if options.keep_ablations:
+            new += [run for run in utils.find_runs([options.keep_ablations / "ablations"]) if run.summary]
+        for run in new:
+            keep(runs, run, samples)
+        if new:
+            write_kept(runs)
+        draw_all(runs)
 
 
 if __name__ == "__main__":
-    run_program(run)
+    utils.run_program(run)

@@ -4,14 +4,14 @@
     benchmarks/ablations.py                         all variations, three seeds; finished runs are skipped
     benchmarks/ablations.py "z times 0.1" --seeds 0 1
 
-A variation is what the 2017 repository does (see README.md, *How this differs*), a flag, or more or less of something.
-The runs are those of FLAGS: smaller than --quick, so that a run takes minutes on one core. Their files are left in
-results/ablations, and what they come to in results/ablations.json, with what earlier calls of the same flags and seeds
-came to.
+A variation is what the 2017 repository does (docs/differences.md), a flag, or more or less of something. FLAGS make
+runs smaller than the quick recipe, so that each takes minutes on one core. Runs go to results/ablations, and their
+precisions to results/ablations.json, beside those of earlier calls with the same flags and seeds.
 """
 
 import contextlib
 import copy
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -29,7 +29,6 @@ import dgr
 import gan
 import main
 import models
-import train
 import utils
 import visual
 
@@ -44,19 +43,20 @@ FLAGS = [
 
 
 def two_forwards(
-    solver: dgr.Solver, current: dgr.Pairs, replayed: dgr.Pairs, r: float, temperature: float = 1.0
+    solver: dgr.Solver, current: dgr.Pairs, replayed: dgr.Pairs | None, r: float, temperature: float = 1.0
 ) -> Tensor:
-    """Equation 1 with real and replayed images in a forward each: batch normalisation takes each for a batch."""
-    (x, y), (x_replayed, y_replayed) = current, replayed
+    """Equation 1 with a forward pass for each kind of images: batch normalisation normalises them separately."""
+    x, y = current
     loss = dgr.loss(solver(x), y, temperature)
-    if len(y_replayed) == 0:
+    if replayed is None:
         return loss
+    x_replayed, y_replayed = replayed
     return r * loss + (1 - r) * dgr.loss(solver(x_replayed), y_replayed, temperature)
 
 
 @contextlib.contextmanager
-def answering_in_training_mode(module: nn.Module) -> Iterator[None]:
-    """Batch normalisation by the statistics of the batch at hand, which the running ones take in."""
+def evaluating_in_training_mode(network: nn.Module) -> Iterator[None]:
+    """Batch normalisation uses the statistics of the current batch, and updates the running ones."""
     with torch.no_grad():
         yield
 
@@ -74,7 +74,7 @@ def penalty_of_pixels(critic: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
 
 
 def one_batch_for_all(update: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
-    """A generator's update in which every critic update sees the same batch."""
+    """A generator update in which every critic update sees the same batch."""
 
     def updating(self: models.WGAN, inputs: Callable[[], Tensor]) -> dict[str, Tensor]:
         x = inputs()
@@ -92,7 +92,7 @@ def two_losses(
     iterations: int,
     batch_size: int,
 ) -> Iterator[dict[str, Tensor]]:
-    """A critic's loss for current images and one for replayed ones, weighted r and 1 - r, instead of one for a mix."""
+    """One critic loss for current images and one for replayed ones, weighted r and 1 - r, instead of one for a mix."""
     generator.train()
     sources = [(current, 1.0)] if replay is None else [(current, r), (replay, 1 - r)]
     for _ in range(iterations):
@@ -109,10 +109,10 @@ def two_losses(
         yield generator.generator_step(batch_size)
 
 
-def critic_of_2017(*, channel_size: int, image_channels: int) -> gan.Network:
-    """The last convolution has stride 1, and the head takes 64 c values where an image has 72 c: its rows mix images.
+def critic_of_2017(*, channel_size: int, image_channels: int) -> models.Network:
+    """The last convolution has stride 1, and the head reads 64 c values where an image has 72 c, so rows mix images.
 
-    In batches of a multiple of 8.
+    It needs batches of a multiple of 8.
     """
     c = channel_size
     layers: list[nn.Module] = []
@@ -122,9 +122,10 @@ def critic_of_2017(*, channel_size: int, image_channels: int) -> gan.Network:
         (2 * c, 4 * c, 2),
         (4 * c, 8 * c, 1),
     ):
-        layers += [gan.Convolution(channels_in, channels_out, 4, stride=stride, padding=1), gan.LeakyReLU(0.01)]
+        layers += [models.Convolution(channels_in, channels_out, 4, stride=stride, padding=1)]
+        layers += [models.LeakyReLU(0.01)]
     mix = nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (-1, 64 * c)))
-    return gan.Network(*layers, mix, nn.Linear(64 * c, 1))
+    return models.Network(*layers, mix, nn.Linear(64 * c, 1))
 
 
 def tenth(noise: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -147,7 +148,7 @@ def bare_first_convolution(initialise: Callable[..., None]) -> Callable[..., Non
 
 
 def small_normal_weights(initialise: Callable[..., None]) -> Callable[..., None]:
-    """A WGAN-GP's `__init__` with weights of a normal distribution, deviation 0.02, and no bias at the start."""
+    """A WGAN-GP's `__init__` with normal weights of standard deviation 0.02 and zero biases."""
 
     def initialising(self: models.WGAN, image_channels: int, options: models.ScholarOptions) -> None:
         initialise(self, image_channels, options)
@@ -162,7 +163,7 @@ def small_normal_weights(initialise: Callable[..., None]) -> Callable[..., None]
 
 @dataclass(frozen=True)
 class Variation:
-    """One thing done another way: further flags, options times a factor, or functions (of what, name) replaced."""
+    """One thing done another way: more flags, options times a factor, or functions (owner, name) replaced."""
 
     flags: list[str] = field(default_factory=list)
     times: dict[str, float] = field(default_factory=dict)
@@ -172,18 +173,18 @@ class Variation:
 WIDTHS = ("generator_c_channel_size", "generator_g_channel_size", "solver_channel_size")
 
 VARIATIONS = {
-    "as it is": Variation(),
+    "baseline": Variation(),
     "hard targets": Variation(["--replay-targets=hard"]),
     "r = 0.3": Variation(["--importance-of-new-task=0.3"]),
     "two forwards of the solver": Variation(instead={(dgr, "solver_loss"): two_forwards}),
     "training mode throughout": Variation(
-        instead={(dgr, "answering"): answering_in_training_mode, (dgr, "frozen"): frozen_in_training_mode}
+        instead={(dgr, "evaluating"): evaluating_in_training_mode, (dgr, "frozen"): frozen_in_training_mode}
     ),
     "one batch for five critic updates": Variation(
         instead={(models.WGAN, "update"): one_batch_for_all(models.WGAN.update)}
     ),
     "norm over channels": Variation(instead={(gan, "gradient_penalty"): penalty_of_pixels}),
-    "critic of 2017": Variation(instead={(gan, "critic_network"): critic_of_2017}),
+    "critic of 2017": Variation(instead={(models, "critic_network"): critic_of_2017}),
     "z times 0.1": Variation(instead={(dgr.Generator, "noise"): tenth(dgr.Generator.noise)}),
     "two losses instead of the mix": Variation(instead={(dgr, "learn_generator"): two_losses}),
     "bare first convolution of the solver": Variation(
@@ -212,26 +213,34 @@ VARIATIONS = {
 # ------------------------------------------------------------------------------------------------- the runs
 
 
-def learn(variation: str, seed: int, flags: list[str], results: Path) -> visual.Run:
-    """A finished run of this variation, which is made if there is none."""
+def learn(variation: str, seed: int, flags: list[str], results: Path) -> utils.Run:
+    """The finished run of this variation and seed; trains it if there is none."""
     other = VARIATIONS[variation]
     place = results / "ablations" / variation.replace(" ", "-") / f"seed-{seed}"
     places = [f"--{kind}-dir={place / kind}" for kind in ("result", "checkpoint", "sample")]
     options = main.parse([*FLAGS, *flags, *other.flags, f"--seed={seed}", *places, "--resume", "--no-visdom"])
     main.check_machine(options)
-    options.variation = variation  # kept with the other options: runs that differ in it are not taken for the same
-    for key, factor in other.times.items():
-        value = getattr(options, key)
-        setattr(options, key, type(value)(factor * value))
+    values = {key: getattr(options, key) for key in other.times}
+    options = dataclasses.replace(
+        options, **{key: type(value)(other.times[key] * value) for key, value in values.items()}
+    )
+    describe_run = main.describe_run
+
+    def describe_variation(*arguments: Any) -> dict[str, Any]:
+        """config.json with the variation, also among the flags: runs that differ in it are different settings."""
+        config = describe_run(*arguments)
+        return config | {"variation": variation, "flags": [*config["flags"], f"variation={variation}"]}
+
     with contextlib.ExitStack() as stack:
-        for (target, name), function in other.instead.items():
-            stack.enter_context(mock.patch.object(target, name, function))
+        stack.enter_context(mock.patch.object(main, "describe_run", describe_variation))
+        for (owner, name), function in other.instead.items():
+            stack.enter_context(mock.patch.object(owner, name, function))
         main.run_training(options)
-    return visual.Run(options.result_dir / main.run_name(options))
+    return utils.Run.read(options.paths.results)
 
 
 def with_earlier(content: dict[str, Any], table: Path) -> dict[str, Any]:
-    """The content of a table with that of an earlier call, which had other variations of the same flags and seeds."""
+    """The content, and that of an earlier call with the same flags and seeds but other variations."""
     try:
         earlier = json.loads(table.read_text())
         if any(earlier[key] != content[key] for key in ("flags", "seeds")):
@@ -246,33 +255,33 @@ def with_earlier(content: dict[str, Any], table: Path) -> dict[str, Any]:
 def run() -> None:
     parser = utils.Parser(
         description=__doc__.split("\n\n")[0],
-        epilog="Further flags, written --flag=value, go to every run: see main.py --help.",
+        epilog="Other flags, as --flag=value, are passed to every run: see main.py --help.",
         allow_abbrev=False,
     )
     parser.add_argument(
         "variations", nargs="*", metavar="VARIATION", help=f"which (default: all): {'; '.join(VARIATIONS)}"
     )
-    parser.add_argument("--seeds", nargs="+", type=main.integer(0), default=[0, 1, 2], metavar="N")
+    parser.add_argument("--seeds", nargs="+", type=utils.number(0, kind=int), default=[0, 1, 2], metavar="N")
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="(default: %(default)s)")
     here, flags = parser.parse_known_args()
     if unknown := [name for name in here.variations if name not in VARIATIONS]:
         parser.error(f"no such variation: {unknown[0]!r}; there are: {'; '.join(VARIATIONS)}")
     if "critic of 2017" in (here.variations or VARIATIONS) and main.parse([*FLAGS, *flags]).batch_size % 8:
-        parser.error("argument --batch-size: the critic of 2017 takes multiples of 8")
+        parser.error("argument --batch-size: the critic of 2017 needs multiples of 8")
     runs = {
         variation: [learn(variation, seed, flags, here.results) for seed in here.seeds]
         for variation in here.variations or VARIATIONS
     }
-    precisions = {name: [run.summary["average_precision"] for run in of_name] for name, of_name in runs.items()}
-    configs = [run.config for of_name in runs.values() for run in of_name]
+    precisions = {name: [run.summary["average_precision"] for run in same] for name, same in runs.items()}
+    configs = [run.config for same in runs.values() for run in same]
     content = {"flags": FLAGS[1:] + flags, "seeds": here.seeds}
     content |= {key: sorted({str(config[key]) for config in configs}) for key in ("commit", "device")}
     content |= {"average_precision": precisions}
     table = here.results / "ablations.json"
-    train.write_json(table, with_earlier(content, table))
+    utils.write_json(table, with_earlier(content, table))
     print(f"\naverage precision, seeds {here.seeds}:")
     for name, values in precisions.items():
-        print(f"  {name:<40} {visual.spread(values, 3)}")
+        print(f"  {name:<40} {visual.mean_sd(values, 3)}")
 
 
 if __name__ == "__main__":

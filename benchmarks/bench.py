@@ -1,19 +1,18 @@
 #!/usr/bin/env python3
-"""How fast the parts of training are, side by side with the plain way of writing them, in one run.
+"""How fast the parts of training are, beside a baseline, in one run.
 
     make bench                                      at the default widths, on the device that main.py would use
-    benchmarks/bench.py --batch-size=64 --no-gpus   flags of main.py that shape networks, batches and precision go too
+    benchmarks/bench.py --batch-size=64 --no-gpus   main.py's flags for networks, batches and number format work too
 
-The plain way is how the method is usually written: float32, PIL transforms behind a DataLoader, a forward for each
-source of images, a gradient through the generator in the critic's updates, a replay draw for every update, testing in
-training-sized batches; on GPUs with what PyTorch does unasked, convolutions in TF32. In generator-update-replay the
-plain way learns from a whole batch of each source, as is usual, where ours learns from one batch that is the mix;
-generator-update-mixed is beside a plain way that mixes too. Both ways take turns, and the table has medians. `limit`
-is the share of what the device could do: of the floating-point rate of a large matrix product in the precision of ours,
-for `batch` of the rate of a large copy, both measured in the same run.
+The baseline is how the method is usually written: float32, PIL transforms behind a DataLoader, a forward pass for each
+source of images, a gradient through the generator in the critic's updates, a fresh draw of replay for every update,
+testing in training-sized batches; on GPUs with PyTorch's default of TF32 convolutions. In generator-update-replay the
+baseline learns a whole batch from each source, as is usual, where ours learns one batch that is the mix;
+generator-update-mixed has a baseline that mixes too. Ours and the baseline take turns, and the table has medians.
+`limit_share` is the share of what the device can do: of the floating-point rate of a large matrix product in our number
+format, and for `batch` of the rate of a large copy, both measured in the same run.
 """
 
-import argparse
 import copy
 import resource
 import statistics
@@ -50,10 +49,10 @@ IMAGES = 60_000
 TEST_IMAGES = 1024
 CLASSES = 10
 
-# ------------------------------------------------------------------------------------------------ the plain way
+# ------------------------------------------------------------------------------------------------ the baseline
 
 
-class PlainImages(Dataset):
+class BaselineImages(Dataset):
     """Images one at a time, through PIL."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray):
@@ -67,7 +66,7 @@ class PlainImages(Dataset):
         return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
 
 
-def make_plain(scholar: dgr.Scholar, options: models.ScholarOptions) -> dgr.Scholar:
+def make_baseline(scholar: dgr.Scholar, options: models.ScholarOptions) -> dgr.Scholar:
     """The same networks with PyTorch's own layers, layout and Adam."""
     for module in scholar.modules():
         for own in (nn.Conv2d, nn.LeakyReLU):
@@ -82,23 +81,23 @@ def make_plain(scholar: dgr.Scholar, options: models.ScholarOptions) -> dgr.Scho
     return scholar
 
 
-def plain_batches(images: PlainImages, options: argparse.Namespace, device: torch.device) -> Iterator[dgr.Pairs]:
+def baseline_batches(images: BaselineImages, options: main.Options, device: torch.device) -> Iterator[dgr.Pairs]:
     loading = {"num_workers": 1, "pin_memory": True} if device.type == "cuda" else {}
     while True:
         for x, y in DataLoader(images, options.batch_size, shuffle=True, drop_last=True, **loading):
             yield x.to(device), y.to(device)
 
 
-def plain_inputs(old: dgr.Scholar, n: int) -> Tensor:
+def baseline_inputs(old: dgr.Scholar, n: int) -> Tensor:
     return old.generator.net(old.generator.noise(n)).detach()
 
 
-def plain_replay(old: dgr.Scholar, n: int) -> dgr.Pairs:
-    x = plain_inputs(old, n)
+def baseline_replay(old: dgr.Scholar, n: int) -> dgr.Pairs:
+    x = baseline_inputs(old, n)
     return x, old.solver.net(x).argmax(dim=1).detach()
 
 
-def plain_critic_loss(critic: Any, real: Tensor, fake: Tensor, penalty_weight: float) -> Tensor:
+def baseline_critic_loss(critic: Any, real: Tensor, fake: Tensor, penalty_weight: float) -> Tensor:
     epsilon = torch.rand(len(real), 1, 1, 1, device=real.device)
     x_hat = (epsilon * real + (1 - epsilon) * fake).detach().requires_grad_()
     scores = critic(x_hat)
@@ -107,36 +106,36 @@ def plain_critic_loss(critic: Any, real: Tensor, fake: Tensor, penalty_weight: f
     return critic(fake).mean() - critic(real).mean() + penalty_weight * penalty
 
 
-def plain_generator_update(
+def baseline_generator_update(
     wgan: models.WGAN, batches: Iterator[dgr.Pairs], old: dgr.Scholar | None, *, mixed: bool = False
 ) -> None:
     for _ in range(wgan.critic_updates):
         x, _ = next(batches)
         if mixed:
             current = int((torch.rand(len(x)) < R).sum())
-            x = torch.cat([x[:current], plain_inputs(old, len(x) - current)])
+            x = torch.cat([x[:current], baseline_inputs(old, len(x) - current)])
         fake = wgan.net(wgan.noise(len(x)))
-        loss = plain_critic_loss(wgan.critic, x, fake, wgan.penalty_weight)
+        loss = baseline_critic_loss(wgan.critic, x, fake, wgan.penalty_weight)
         if old is not None and not mixed:
-            x_replayed = plain_inputs(old, len(x))
+            x_replayed = baseline_inputs(old, len(x))
             fake = wgan.net(wgan.noise(len(x)))
-            replayed = plain_critic_loss(wgan.critic, x_replayed, fake, wgan.penalty_weight)
+            replayed = baseline_critic_loss(wgan.critic, x_replayed, fake, wgan.penalty_weight)
             loss = R * loss + (1 - R) * replayed
         models.step(wgan.critic_optimiser, loss)
         wgan.optimiser.zero_grad()
     models.step(wgan.optimiser, -wgan.critic(wgan.net(wgan.noise(len(x)))).mean())
 
 
-def plain_solver_update(solver: models.CNN, batches: Iterator[dgr.Pairs], old: dgr.Scholar | None) -> None:
+def baseline_solver_update(solver: models.CNN, batches: Iterator[dgr.Pairs], old: dgr.Scholar | None) -> None:
     x, y = next(batches)
     loss = F.cross_entropy(solver.net(x), y)
     if old is not None:
-        x_replayed, y_replayed = plain_replay(old, len(x))
+        x_replayed, y_replayed = baseline_replay(old, len(x))
         loss = R * loss + (1 - R) * F.cross_entropy(solver.net(x_replayed), y_replayed)
     models.step(solver.optimiser, loss)
 
 
-def plain_testing(solver: dgr.Solver, images: PlainImages, options: argparse.Namespace, device: torch.device) -> float:
+def baseline_testing(solver: dgr.Solver, images: BaselineImages, options: main.Options, device: torch.device) -> float:
     right = 0
     with torch.no_grad():
         for x, y in DataLoader(images, options.batch_size):
@@ -205,21 +204,21 @@ def operations(work: Callable[[], Any], times: int) -> float:
     return counter.total / times
 
 
-def measure(options: argparse.Namespace, repetitions: int) -> list[dict[str, Any]]:
-    device = utils.choose_device(gpus=not options.no_gpus)
-    dtype = utils.choose_precision(options.precision, device)
+def measure(options: main.Options, repetitions: int) -> list[dict[str, Any]]:
+    device = models.choose_device(gpus=not options.no_gpus)
+    dtype = models.choose_dtype(options.dtype, device)
     clock = Clock(device)
     torch.manual_seed(options.seed)
     random = np.random.default_rng(options.seed)
     raw = random.integers(0, 256, (IMAGES, 28, 28), dtype=np.uint8)
     labels = random.integers(0, CLASSES, IMAGES)
     split = data.Split(data.to_32x32(torch.from_numpy(raw)[:, None]).to(device), torch.from_numpy(labels).to(device))
-    test = split.spread(TEST_IMAGES)
-    plain_images, plain_test = PlainImages(raw, labels), PlainImages(raw[:TEST_IMAGES], labels[:TEST_IMAGES])
+    test = split.subset(TEST_IMAGES)
+    baseline_images = BaselineImages(raw, labels)
+    baseline_test = BaselineImages(raw[:TEST_IMAGES], labels[:TEST_IMAGES])
 
-    scholar_options = main.take(options, models.ScholarOptions)
-    eager_options = replace(scholar_options, cuda_graphs=False)
-    block = utils.images_at_once(device)
+    eager_options = replace(options, cuda_graphs=False)
+    block = models.images_at_once(device)
     how = {"iterations": sys.maxsize, "batch_size": options.batch_size}
 
     def our_ways(scholar_options: models.ScholarOptions) -> dict[str, Callable[[], Any]]:
@@ -242,21 +241,21 @@ def measure(options: argparse.Namespace, repetitions: int) -> list[dict[str, Any
             "testing": lambda: train.precision(ours.solver.remember(), test, block),
         }
 
-    ours = our_ways(scholar_options)
+    ours = our_ways(options)
     # A graph's operations can't be counted while it is replayed.
-    counted = our_ways(eager_options) if scholar_options.cuda_graphs else ours
-    plain = make_plain(models.make_scholar(1, CLASSES, eager_options).to(device), scholar_options)
-    old = copy.deepcopy(plain).eval().requires_grad_(False)
-    batches = plain_batches(plain_images, options, device)
-    plain_ways: dict[str, Callable[[], Any]] = {
-        "generator-update": lambda: plain_generator_update(plain.generator, batches, None),
-        "generator-update-replay": lambda: plain_generator_update(plain.generator, batches, old),
-        "generator-update-mixed": lambda: plain_generator_update(plain.generator, batches, old, mixed=True),
-        "solver-update": lambda: plain_solver_update(plain.solver, batches, None),
-        "solver-update-replay": lambda: plain_solver_update(plain.solver, batches, old),
-        "replay-sampling": lambda: plain_replay(old, options.batch_size),
+    counted = our_ways(eager_options) if options.cuda_graphs else ours
+    baseline = make_baseline(models.make_scholar(1, CLASSES, eager_options).to(device), options)
+    old = copy.deepcopy(baseline).eval().requires_grad_(False)
+    batches = baseline_batches(baseline_images, options, device)
+    baseline_ways: dict[str, Callable[[], Any]] = {
+        "generator-update": lambda: baseline_generator_update(baseline.generator, batches, None),
+        "generator-update-replay": lambda: baseline_generator_update(baseline.generator, batches, old),
+        "generator-update-mixed": lambda: baseline_generator_update(baseline.generator, batches, old, mixed=True),
+        "solver-update": lambda: baseline_solver_update(baseline.solver, batches, None),
+        "solver-update-replay": lambda: baseline_solver_update(baseline.solver, batches, old),
+        "replay-sampling": lambda: baseline_replay(old, options.batch_size),
         "batch": lambda: next(batches),
-        "testing": lambda: plain_testing(old.solver, plain_test, options, device),
+        "testing": lambda: baseline_testing(old.solver, baseline_test, options, device),
     }
     # So many calls that blocks of replayed pairs are drawn about as often as they are used up: a generator update takes
     # half a batch for each of its critic updates.
@@ -272,15 +271,15 @@ def measure(options: argparse.Namespace, repetitions: int) -> list[dict[str, Any
         "batch": 200,
         "testing": 1,
     }
-    warm_up = utils.Captured.warm_up + 1 if scholar_options.cuda_graphs else 1
+    warm_up = models.Captured.warm_up + 1 if options.cuda_graphs else 1
     seconds = {}
     for name, times in tqdm(calls.items(), file=sys.stderr, disable=None):
-        our_times, plain_times = [], []
+        our_times, baseline_times = [], []
         for repetition in range(-1, repetitions):  # once before it counts
             our_times.append(clock.seconds(ours[name], times if repetition >= 0 else warm_up))
-            with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):  # the default, which our precision changes
-                plain_times.append(clock.seconds(plain_ways[name], max(1, times // 8) if repetition >= 0 else 1))
-        seconds[name] = statistics.median(our_times[1:]), statistics.median(plain_times[1:])
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):  # PyTorch's default, which ours changes
+                baseline_times.append(clock.seconds(baseline_ways[name], max(1, times // 8) if repetition >= 0 else 1))
+        seconds[name] = statistics.median(our_times[1:]), statistics.median(baseline_times[1:])
     peak = peak_memory(device)
 
     flops_limit, bytes_limit = peak_rates(clock, dtype)
@@ -294,7 +293,7 @@ def measure(options: argparse.Namespace, repetitions: int) -> list[dict[str, Any
         "peak_memory_mib": peak / 2**20,
     }
     table = []
-    for name, (our_seconds, plain_seconds) in seconds.items():
+    for name, (our_seconds, baseline_seconds) in seconds.items():
         if name == "batch":  # reads uint8 pixels, writes them as uint8 and float32, and reads the first again
             pixels = options.batch_size * split.images[0].numel()
             share = pixels * (1 + 1 + 1 + 4) / our_seconds / bytes_limit
@@ -302,20 +301,20 @@ def measure(options: argparse.Namespace, repetitions: int) -> list[dict[str, Any
             share = operations(counted[name], calls[name]) / our_seconds / flops_limit
         row = {
             "name": name,
-            "device": utils.device_name(device),
+            "device": models.device_name(device),
             "ours_ms": our_seconds * 1000,
-            "plain_ms": plain_seconds * 1000,
-            "ratio": plain_seconds / our_seconds,
+            "baseline_ms": baseline_seconds * 1000,
+            "ratio": baseline_seconds / our_seconds,
             "limit_share": share,
         }
         table.append(row | circumstances)
         print(
-            f"{name:<24} {1 / our_seconds:>9.1f} /s {row['ours_ms']:>10.3f} ms {row['plain_ms']:>10.3f} ms "
+            f"{name:<24} {1 / our_seconds:>9.1f} /s {row['ours_ms']:>10.3f} ms {row['baseline_ms']:>10.3f} ms "
             f"{row['ratio']:>7.1f} x {row['limit_share']:>7.1%} of the limit"
         )
     print(
         f"limits: {flops_limit / 1e9:.0f} GFLOP/s ({dtype or torch.float32}), {bytes_limit / 1e9:.1f} GB/s; "
-        f"peak memory, plain way included: {peak / 2**20:.0f} MiB, of it data: {split.images.nbytes / 2**20:.0f} MiB"
+        f"peak memory, baseline included: {peak / 2**20:.0f} MiB, of it data: {split.images.nbytes / 2**20:.0f} MiB"
     )
     return table
 
@@ -324,20 +323,24 @@ def run() -> None:
     parser = utils.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--output", type=Path, default=Path("results/bench.json"), help="(default: %(default)s)")
     parser.add_argument(
-        "--repetitions", type=main.integer(1), default=7, metavar="N", help="of each way (default: %(default)s)"
+        "--repetitions",
+        type=utils.number(1, kind=int),
+        default=7,
+        metavar="N",
+        help="of each way (default: %(default)s)",
     )
     here, flags = parser.parse_known_args()
     options = main.parse(["--train", *flags])
     main.check_machine(options)
     if options.generator != "wgan":
-        parser.error(f"argument --generator: there is no plain way of {options.generator} to compare with")
+        parser.error(f"argument --generator: there is no baseline for {options.generator} to compare with")
     if options.batch_size > IMAGES:
         parser.error(f"argument --batch-size: there are {IMAGES} images")
-    device = utils.choose_device(gpus=not options.no_gpus)
-    print(f"{utils.device_name(device)}, torch {torch.__version__}, commit {utils.commit()}")
-    print(f"{'':<24} {'ours':>12} {'ours':>13} {'plain':>13} {'ratio':>9}")
+    device = models.choose_device(gpus=not options.no_gpus)
+    print(f"{models.device_name(device)}, torch {torch.__version__}, commit {utils.commit()}")
+    print(f"{'':<24} {'ours':>12} {'ours':>13} {'baseline':>13} {'ratio':>9}")
     table = measure(options, here.repetitions)
-    train.write_json(here.output, table)
+    utils.write_json(here.output, table)
     print(f"table: {here.output}")
 
 

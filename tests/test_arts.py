@@ -1,79 +1,150 @@
-"""The README's figures and tables are what the kept runs say; the benchmark runs and has its rows."""
+"""RESULTS.md and its figures are what the kept runs say; the benchmark and the ablations run and have their rows."""
 
 import importlib.util
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY, assert_one_line_error, call
 from PIL import Image
 
-from utils import UserError
+import main
+import utils
+
+ARTS = ROOT / "arts"
 
 
 @pytest.fixture
 def figures(tmp_path, monkeypatch):
-    """arts/figures.py at work on a copy of the repository's README and arts."""
-    spec = importlib.util.spec_from_file_location("figures", ROOT / "arts/figures.py")
+    """arts/figures.py at work on a copy of arts."""
+    spec = importlib.util.spec_from_file_location("figures", ARTS / "figures.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    shutil.copytree(ROOT / "arts", tmp_path / "arts")
-    shutil.copy(ROOT / "README.md", tmp_path)
-    for name, path in {
-        "ROOT": "",
-        "ARTS": "arts",
-        "RUNS": "arts/runs",
-        "ABLATIONS": "arts/ablations",
-        "README": "README.md",
-    }.items():
-        monkeypatch.setattr(module, name, tmp_path / path)
+    monkeypatch.setattr(module, "ARTS", Path(shutil.copytree(ARTS, tmp_path / "arts")))
     return module
 
 
-def test_readme_says_what_the_kept_runs_say(figures):
-    for picture in [*figures.ARTS.glob("*-*.png"), *figures.ARTS.glob("*.gif")]:
-        picture.unlink()
-    figures.draw_all()
-    assert figures.README.read_text() == (ROOT / "README.md").read_text()
-    shown = re.findall(r"!\[.*?\]\((.*?)\)", figures.README.read_text())
-    assert len(shown) >= 10 and all((figures.ROOT / path).is_file() for path in shown)
+@pytest.fixture
+def kept(figures, tmp_path):
+    return figures.read_kept(tmp_path / "kept")
 
 
-def test_flags_of_the_tables_are_those_of_the_runs(figures):
-    for kept in figures.visual.find_runs([figures.RUNS]):
-        options = vars(figures.main.parse(["--train", *figures.flags_of(kept)]))
-        assert {key: options[key] for key in kept.learned_with} == kept.learned_with, kept.directory
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, small_mnist):
+    """The result directory of a tiny run with kept samples."""
+    directory = tmp_path_factory.mktemp("finished")
+    flags = ["--train", f"--data-dir={small_mnist}", "--sample-log", "--sample-dir", directory / "samples", *TINY]
+    process = call("main.py", *flags, cwd=directory)
+    assert process.returncode == 0, process.stderr
+    return directory / "results/permutated-mnist-generative-replay-r0.3"
 
 
-def test_a_run_is_kept_without_paths_and_shown(figures, tmp_path, small_mnist):
-    flags = ["--train", "--data-dir", small_mnist, *TINY, "--seed=5"]
-    assert call("main.py", *flags, cwd=tmp_path).returncode == 0
-    shutil.rmtree(figures.RUNS)  # for this one to be drawn alone
-    run = "permutated-mnist-generative-replay-r0.3"
-    kept = figures.keep(tmp_path / "results" / run)
-    assert kept.name == f"{run}-seed5"
-    config = json.loads((kept / "config.json").read_text())
-    assert config["options"]["seed"] == 5
-    assert not any(str(value).startswith("/") for value in config["options"].values())
-    with Image.open(kept / "samples.png") as copy, Image.open(tmp_path / "results" / run / "samples.png") as samples:
-        assert copy.mode == "L" and copy.convert("RGB").tobytes() == samples.tobytes()
-    assert figures.keep(tmp_path / "results" / run) == kept  # once more, the same run
-    figures.draw_all()
-    assert "| 5 | .93 on MNIST | .89 to .91 on MNIST | **0." in figures.README.read_text()  # data that are not
+def copy_with(directory: Path, copy: Path, **changes) -> Path:
+    """A copy of a result directory with another config."""
+    shutil.copytree(directory, copy)
+    config = json.loads((copy / "config.json").read_text()) | changes
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
 
 
-def test_a_kept_run_gives_way_to_none_with_other_flags(figures, tmp_path):
-    """Names of runs do not hold learning rates and widths."""
-    kept = next(figures.RUNS.glob("*-quick-seed0"))
-    other = shutil.copytree(kept, tmp_path / "other")
-    config = json.loads((other / "config.json").read_text())
-    config["options"]["lr"] = 0.5
-    (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(figures.UserError, match=r"other flags.*--suffix"):
-        figures.keep(other)
-    assert (kept / "config.json").read_text() != (other / "config.json").read_text()
-    assert figures.keep(other, "-large-lr").name == f"{kept.name}-large-lr"
+def pixels(path: Path) -> bytes:
+    with Image.open(path) as image:
+        return image.convert("RGB").tobytes()
+
+
+def test_make_figures_reproduces_results_and_every_picture_it_shows(figures):
+    shown = set(re.findall(r"\]\(([\w.-]+\.(?:png|gif))\)", (ARTS / "RESULTS.md").read_text()))
+    assert len(shown) > 20 and shown == {path.name for path in [*ARTS.glob("*-*.png"), *ARTS.glob("*.gif")]}
+    for name in ["RESULTS.md", *shown]:
+        (figures.ARTS / name).unlink()
+    figures.run([])
+    assert (figures.ARTS / "RESULTS.md").read_text() == (ARTS / "RESULTS.md").read_text()
+    for name in shown:  # bytes of a PNG file depend on the library that packs it
+        assert pixels(figures.ARTS / name) == pixels(ARTS / name), name
+
+
+def test_arts_stay_small():
+    files = [path for path in ARTS.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert 0 < len(files) <= 60 and sum(path.stat().st_size for path in files) <= 8 * 2**20
+
+
+def test_flags_of_kept_runs_are_what_the_program_would_list(kept):
+    for run in kept:
+        flags = [flag for flag in run.flags if not flag.startswith("variation=")]
+        setting = [f"--experiment={run.experiment}", f"--replay-mode={run.replay_mode}", f"--recipe={run.recipe}"]
+        options = main.parse(["--train", *setting, f"--seed={run.seed}", *flags])
+        assert options.flags == flags, run.name
+        for key in ("generator_iterations", "solver_iterations"):
+            assert getattr(options, key) == run.options[key], run.name
+
+
+def test_kept_runs_are_known_by_their_names_and_hold_no_path(kept):
+    assert len({run.name for run in kept}) == len({(run.setting, run.seed) for run in kept}) == len(kept)
+    assert not re.search(r"[\",]/\w|-dir", (ARTS / "runs.csv").read_text())
+
+
+def test_a_kept_run_has_its_numbers_and_pictures_and_no_path(figures, finished, capsys):
+    figures.write_kept(figures.read_kept(finished.parent / "before")[:1])  # to draw these two alone
+    (figures.ARTS / "RESULTS.template.md").write_text("{{other settings}}")
+    before = (figures.ARTS / "runs.csv").read_text()
+    figures.run(["--keep", str(finished)])
+    kept = figures.read_kept(finished.parent / "kept")[-1]
+    run = utils.Run.read(finished)
+    assert kept.summary == {key: run.summary[key] for key in utils.SUMMARY_KEYS}
+    assert kept.setting == run.setting and kept.seed == run.seed == 0
+    precisions = [row for row in run.rows if row["name"].startswith("precision-")]
+    assert precisions and [row for row in kept.rows if row["name"].startswith("precision-")] == precisions
+    assert len(kept.rows) < len(run.rows)
+    names = [path.name for path in run.kept_samples().values()]
+    assert names and [path.name for path in kept.kept_samples().values()] == names
+    after = (figures.ARTS / "runs.csv").read_text()
+    assert after.startswith(before) and str(finished.parents[1]) not in after
+    assert f"| {kept.summary['average_precision']:.3f} |" in (figures.ARTS / "RESULTS.md").read_text()
+    assert f"kept: {kept.name}\n" in capsys.readouterr().out
+
+
+def test_keeping_a_run_again_changes_nothing(figures, finished, tmp_path):
+    kept = []
+    for _ in range(2):
+        figures.keep(kept, utils.Run.read(finished), tmp_path)
+        assert len(kept) == 1
+        figures.write_kept(kept)
+    assert [path.stem for path in kept[0].kept_samples().values()] == ["task-1-iteration-4", "task-2-iteration-4"]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"flags": ["--lr=0.5"]}, {"seed": 1}, {"data": {"checksums": {"mnist/x": "0"}, "unverified": []}}]
+)
+def test_a_kept_run_is_replaced_by_none_with_other_flags_data_or_seed(figures, finished, tmp_path, changes):
+    kept = []
+    figures.keep(kept, utils.Run.read(finished), tmp_path)
+    first = kept[0]
+    figures.keep(kept, utils.Run.read(copy_with(finished, tmp_path / "other", **changes)), tmp_path)
+    assert len(kept) == 2 and kept[0] is first and kept[1].name != first.name
+
+
+def test_unfinished_runs_and_own_tasks_are_not_kept(figures, finished, tmp_path):
+    unfinished = copy_with(finished, tmp_path / "unfinished")
+    (unfinished / "summary.json").unlink()
+    with pytest.raises(utils.UserError, match="not finished"):
+        figures.keep([], utils.Run.read(unfinished), tmp_path)
+    options = json.loads((finished / "config.json").read_text())["options"] | {"tasks": ["mnist"]}
+    own = copy_with(finished, tmp_path / "own", options=options)
+    with pytest.raises(utils.UserError, match="tasks of its own"):
+        figures.keep([], utils.Run.read(own), tmp_path)
+
+
+def test_commands_lose_directories_in_either_spelling(figures):
+    command = ["/x/main.py", "--train", "--data-dir", "/a", "--result-dir=/b", "--results", "/c", "--seed", "1"]
+    assert figures.without_directories(command) == ["./main.py", "--train", "--seed", "1"]
+    assert figures.without_directories(["/x/ablations.py", "baseline"]) == ["benchmarks/ablations.py", "baseline"]
+
+
+def test_a_setting_that_the_prose_names_wrongly_is_one_line(figures, kept):
+    with pytest.raises(utils.UserError, match="no kept run is 'split-mnist best no-such-mode'"):
+        figures.numbers("mean: split-mnist best no-such-mode", [utils.Setting([run]) for run in kept])
 
 
 def test_benchmark_has_its_rows(tmp_path):
@@ -84,10 +155,11 @@ def test_benchmark_has_its_rows(tmp_path):
     names += ["solver-update", "solver-update-replay"]
     assert [row["name"] for row in rows] == [*names, "replay-sampling", "batch", "testing"]
     for row in rows:
-        assert set(row) > {"name", "device", "ours_ms", "plain_ms", "ratio", "limit_share", "compute_dtype", "commit"}
-        assert row["ratio"] == pytest.approx(row["plain_ms"] / row["ours_ms"]) and 0 < row["limit_share"] < 1
+        assert set(row) > {"name", "device", "ours_ms", "baseline_ms", "ratio", "limit_share", "compute_dtype"}
+        assert row["ratio"] == pytest.approx(row["baseline_ms"] / row["ours_ms"]) and 0 < row["limit_share"] < 1
 
 
+@pytest.mark.slow
 def test_every_variation_changes_what_is_learned_and_is_kept(figures, tmp_path, small_mnist):
     flags = ["--seeds", "0", f"--results={tmp_path / 'results'}", f"--data-dir={small_mnist}", *TINY]
     process = call("benchmarks/ablations.py", *flags, cwd=tmp_path)
@@ -97,23 +169,18 @@ def test_every_variation_changes_what_is_learned_and_is_kept(figures, tmp_path, 
     assert len(names) > 10 and all(f"  {name} " in process.stdout for name in names)
     metrics = [path.read_text() for path in tmp_path.glob("results/ablations/*/seed-0/result/*/metrics.csv")]
     assert len(metrics) == len(set(metrics)) == len(names)
-    runs = figures.visual.find_runs([tmp_path / "results"])
-    assert len(figures.visual.arms_of(runs)["permutated-mnist"]) == len(names)
+    runs = utils.find_runs([tmp_path / "results"])
+    assert len(utils.group_runs(runs)["permutated-mnist"]) == len(names)
     again = call("benchmarks/ablations.py", names[0], names[-1], *flags, cwd=tmp_path)
-    assert again.stdout.count("there is nothing to resume") == 2
+    assert again.stdout.count("nothing to resume") == 2
     assert json.loads((tmp_path / "results/ablations.json").read_text()) == content
-    aside = shutil.copytree(runs[0].directory, runs[0].directory.with_name(f"{runs[0].directory.name}~1"))
-    other = json.loads((aside / "summary.json").read_text()) | {"average_precision": -1.0}
-    (aside / "summary.json").write_text(json.dumps(other))
-    shutil.rmtree(figures.ABLATIONS)
-    figures.keep_ablations(tmp_path / "results")
-    assert str(tmp_path) not in "".join(path.read_text() for path in figures.ABLATIONS.rglob("*.json"))
-    table = "\n".join(figures.ablations())
-    for name, (value,) in content["average_precision"].items():
-        assert f"| {name} | {value:.3f} |" in table
-    aside.rename(aside.with_name("of-other-flags"))
-    with pytest.raises(UserError, match="different flags"):
-        figures.keep_ablations(tmp_path / "results")
+
+    before = len(figures.read_kept(tmp_path / "before"))
+    figures.run(["--keep-ablations", str(tmp_path / "results")])
+    kept = figures.read_kept(tmp_path / "after")[before:]
+    precisions = {run.config["variation"]: [run.summary["average_precision"]] for run in kept}
+    assert precisions == content["average_precision"]
+    assert str(tmp_path) not in (figures.ARTS / "runs.csv").read_text()
 
 
 @pytest.mark.parametrize("script", ["benchmarks/bench.py", "benchmarks/ablations.py"])
@@ -127,7 +194,7 @@ def test_a_batch_of_more_images_than_there_are_is_one_line(tmp_path):
 
 
 def test_unknown_variation_is_one_line(tmp_path):
-    assert_one_line_error(call("benchmarks/ablations.py", "no gravity", cwd=tmp_path), 2, "'no gravity'", "as it is")
+    assert_one_line_error(call("benchmarks/ablations.py", "no gravity", cwd=tmp_path), 2, "'no gravity'", "baseline")
 
 
 def test_batches_that_the_critic_of_2017_cannot_take_are_one_line(tmp_path):
