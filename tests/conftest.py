@@ -1,6 +1,7 @@
-"""What the tests share: small data sets in the official formats, and starting main.py as a user does."""
+"""What tests share: small data sets in the official formats, and starting scripts as a user does."""
 
 import contextlib
+import copy
 import io
 import os
 import runpy
@@ -8,27 +9,29 @@ import struct
 import subprocess
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import dgr  # noqa: E402
 import models  # noqa: E402
-import utils  # noqa: E402
 
 torch.set_num_threads(1)  # as in the processes that tests start: sums over threads differ in their rounding
 
-# Only the CPU repeats a run bit for bit. Tests see no GPU, but those that take `gpu`.
-choose_device = utils.choose_device
-utils.choose_device = lambda *, gpus=True: torch.device("cpu")
+# Only the CPU repeats a run bit for bit, so tests see no GPU unless they take `gpu`.
+choose_device = models.choose_device
+models.choose_device = lambda *, gpus=True: torch.device("cpu")
 WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # for processes that tests start
 
-# A scholar small enough for unit tests, with nothing at its default that could be ignored.
+# A scholar small enough for unit tests; no number is at its default, so that none can be ignored unnoticed.
 SMALL = models.ScholarOptions(
     generator_z_size=5,
     generator_c_channel_size=2,
@@ -44,36 +47,58 @@ SMALL = models.ScholarOptions(
     weight_decay=1e-4,
 )
 
+
+def small_scholar(**changes) -> dgr.Scholar:
+    return models.make_scholar(1, 10, replace(SMALL, **changes))
+
+
+class Constant:
+    """A source whose images all have one value and one label."""
+
+    def __init__(self, value: float, label: int):
+        self.value, self.label = value, label
+
+    def sample(self, n: int) -> dgr.Pairs:
+        return torch.full((n, 1, 32, 32), self.value), torch.full((n,), self.label)
+
+    def inputs(self, n: int) -> torch.Tensor:
+        return self.sample(n)[0]
+
+
+def state(module: nn.Module) -> dict[str, torch.Tensor]:
+    return copy.deepcopy(module.state_dict())
+
+
+def assert_same_state(module: nn.Module, expected: dict[str, torch.Tensor]) -> None:
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+def relative_error(ours, theirs) -> float:
+    """The length of the difference of two tensors, or of two lists of them, over the length of the second."""
+    ours, theirs = (torch.cat([part.flatten().double() for part in each]) for each in (ours, theirs))
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
 # Sizes at which a run takes seconds.
 TINY = [
-    "--mnist-permutation-number=2",
-    "--generator-z-size=8",
-    "--generator-c-channel-size=2",
-    "--generator-g-channel-size=2",
-    "--generator-c-updates-per-g-update=2",
-    "--generator-iterations=4",
-    "--solver-channel-size=16",
-    "--solver-iterations=6",
-    "--batch-size=8",
-    "--test-size=50",
-    "--sample-size=7",
-    "--eval-log-interval=3",
-    "--loss-log-interval=2",
-    "--lr=1e-3",
-    "--no-visdom",
-    "--unverified-data",
+    *("--mnist-permutation-number=2", "--no-visdom", "--unverified-data"),
+    *("--generator-z-size=8", "--generator-c-channel-size=2", "--generator-g-channel-size=2"),
+    *("--generator-c-updates-per-g-update=2", "--generator-iterations=4", "--solver-iterations=6"),
+    *("--solver-channel-size=16", "--batch-size=8", "--lr=1e-3"),
+    *("--test-size=50", "--sample-size=7", "--eval-log-interval=3", "--loss-log-interval=2"),
 ]
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
-    """Write a uint8 array in the IDX format of the MNIST files."""
+    """Write a uint8 array in MNIST's IDX format."""
     path.parent.mkdir(parents=True, exist_ok=True)
     header = struct.pack(">I", 0x0800 | array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
     path.write_bytes(header + array.astype(np.uint8).tobytes())
 
 
 def small_digits(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images (n, 28, 28) uint8 and labels (n,): a bright bar whose place is the class, in noise."""
+    """Images (n, 28, 28) uint8 and labels (n,): a bright bar in noise; its height is the class."""
     random = np.random.default_rng(seed)
     labels = np.arange(n) % 10
     images = random.integers(0, 60, (n, 28, 28))
@@ -99,15 +124,15 @@ def small_mnist(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The data directory with the real MNIST, where there is one."""
+    """The data directory with the real MNIST, or skip the test."""
     directory = Path(os.environ.get("DGR_DATA_DIR") or ROOT / "datasets")
     if not (directory / "mnist/MNIST/raw/train-images-idx3-ubyte").exists():
-        pytest.skip(f"no real MNIST in {directory} (DGR_DATA_DIR names another place)")
+        pytest.skip(f"no real MNIST in {directory} (set DGR_DATA_DIR to use another one)")
     return directory
 
 
 def start(script: str, *arguments: str, cwd: Path, **environment: str) -> subprocess.Popen:
-    """Start a script as a user does, in an empty directory of its own."""
+    """Start a script as a user does, in the directory cwd."""
     usual = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # as few users have it
     return subprocess.Popen(
         [sys.executable, str(ROOT / script), *map(str, arguments)],
@@ -121,14 +146,14 @@ def start(script: str, *arguments: str, cwd: Path, **environment: str) -> subpro
 
 
 def run(script: str, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    """Start a script as a user does, and wait for its end."""
+    """Start a script as a user does, and wait until it ends."""
     with start(script, *arguments, cwd=cwd, **environment) as process:
         out, err = process.communicate(timeout=300)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def call(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    """The same in this process, which has imported everything: seconds less for what is no matter of processes."""
+    """Run a script in this process, which has imported everything already: that saves seconds."""
     arguments = [str(ROOT / script), *map(str, arguments)]
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
     status = 0
@@ -154,7 +179,7 @@ def call(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess
 
 
 def assert_one_line_error(process: subprocess.CompletedProcess, status: int, *words: str) -> None:
-    """The run ended as an error must: its exit status, and one line on standard error with these words in it."""
+    """The run ended with this exit status and one line on standard error that has these words in it."""
     assert process.returncode == status, process.stderr
     assert len(process.stderr.strip().splitlines()) == 1, process.stderr
     assert "error: " in process.stderr
@@ -169,8 +194,8 @@ def seeded():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """What the program does on the GPU of this machine; skipped where there is none."""
+    """Let the program use the GPU of this machine; skip the test if there is none."""
     if not torch.cuda.is_available():
         pytest.skip("there is no GPU here")
-    monkeypatch.setattr(utils, "choose_device", choose_device)
+    monkeypatch.setattr(models, "choose_device", choose_device)
     return choose_device()
