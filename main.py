@@ -88,10 +88,9 @@ class Options(
         default = {f.name: utils.default_of(f) for f in fields(self)} | recipe
         default["replay_targets"], _ = targets_and_temperature(mode, None, None, recipe)
         _, default["temperature"] = targets_and_temperature(mode, self.replay_targets, None, recipe)
-        apart = {"experiment", "tasks", "replay_mode", "seed"}
-        apart |= {"importance_of_new_task"} if self.chain or mode is None else set()
+        apart = {"experiment", "tasks", "replay_mode", "seed", "importance_of_new_task" if self.chain else ""}
         if mode is None:
-            apart |= {"replay_targets", "temperature"}
+            apart |= {"replay_targets", "temperature", "importance_of_new_task"}
         elif mode.needs_generator:
             apart.add("sample_log")
         keys = [f.name for f in fields(self) if f.metadata.get("changes") and f.name not in apart]

@@ -308,8 +308,14 @@ def save_checkpoint(path: Path, *, keep_previous: bool = False, **content: Any) 
     with reading(path, f"{path}: a get_extra_state returns something that is neither a tensor nor a plain value"):
         torch.load(buffer, map_location="meta", weights_only=True)  # its structure alone
 
-    with atomic_write(path, "wb", keep_as=previous(path) if keep_previous else None) as file:
-        file.write(buffer.getbuffer())
+    def write() -> None:
+        with atomic_write(path, "wb", keep_as=previous(path) if keep_previous else None) as file:
+            file.write(buffer.getbuffer())
+
+    try:
+        write()
+    except FileNotFoundError:  # the directory vanished at this very moment: make it again
+        write()
 
 
 def previous(path: Path) -> Path:

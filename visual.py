@@ -69,12 +69,11 @@ class Progress(Observer):
     """A bar for each phase on a terminal; a line for each phase elsewhere."""
 
     def __init__(self, tasks: int):
-        self._tasks, self._bar = tasks, None
+        self._tasks, self._bar, self._values = tasks, None, {}
 
     def begin(self, phase: str, task: int, iterations: int, done: int) -> None:
         self._title, self._left = f"task {task}/{self._tasks} {phase}", iterations - done
-        self._values: dict[str, float] = {}
-        self._started = time.monotonic()
+        self._values, self._started = {}, time.monotonic()
         if sys.stderr.isatty():
             self._bar = tqdm(desc=self._title, total=iterations, initial=done, file=sys.stderr, dynamic_ncols=True)
 
@@ -307,6 +306,8 @@ class TensorBoard(Observer):
 
         for file in (self._run.directory / "tensorboard").glob("events.*"):
             file.unlink()
+        usual = threading.excepthook  # the writer's thread would print its error, which the next call raises anyway
+        threading.excepthook = lambda error: type(error.thread).__module__.startswith("tensorboard.") or usual(error)
         self._writer = SummaryWriter(self._run.directory / "tensorboard")
 
     def scalars(self, phase: str, task: int, iteration: int, values: dict[str, float]) -> None:
@@ -323,8 +324,7 @@ class TensorBoard(Observer):
     def close(self) -> None:
         self._try(lambda: self._writer.close())
 
-    def _try(self, write: Callable[[], None]) -> None:
-        """Write, unless that has failed before; if it fails now, warn: training goes on."""
+    def _try(self, write: Callable[[], None]) -> None:  # training goes on, whatever becomes of these files
         try:
             if not self._failed:
                 write()

@@ -6,10 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import test_resume
 from conftest import ROOT, WITHOUT_GPU
-from test_resume import NAME, flags, outcome, run_here
+from test_resume import NAME, flags, outcome, state_of
 
-import main
+whole = test_resume.whole
 
 # In a mount namespace of its own a process may mount what nobody else sees.
 NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c"]
@@ -33,29 +34,18 @@ def may_mount():
         pytest.skip(f"no mount namespaces here: {process.stderr.strip()}")
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, small_mnist):
-    cwd = tmp_path_factory.mktemp("whole")
-    run_here(flags(cwd, small_mnist))
-    return outcome(cwd)
-
-
-def on_disk(cwd, small_mnist) -> list[str]:
-    return flags(cwd / "disk", small_mnist)
-
-
 def test_full_disk_ends_the_run_and_loses_nothing(tmp_path, small_mnist, whole):
     """Room for the states of the first task, not for those of the second, which hold replayed pairs."""
     process = in_namespace(
         tmp_path,
         "mount -t tmpfs -o size=1300k tmpfs $disk; run; echo status $?; cp -r $disk/checkpoints kept; "
         "mount -o remount,size=64m $disk; run --resume; echo status $?; cp -r $disk after",
-        *on_disk(tmp_path, small_mnist),
+        *flags(tmp_path / "disk", small_mnist),
     )
     assert "status 1\n" in process.stdout and process.stdout.endswith("status 0\n"), process.stderr
     assert "No space left on device" in process.stderr and "Traceback" not in process.stderr
-    assert "goes on at task 2" in process.stdout
-    assert (tmp_path / "kept" / f"{NAME}{main.UNFINISHED}").exists()
+    assert "continues at task 2" in process.stdout
+    assert (tmp_path / "kept" / state_of(tmp_path).name).exists()
     assert outcome(tmp_path / "after") == whole
 
 
@@ -66,7 +56,7 @@ def test_files_that_cannot_be_written_do_not_end_training(tmp_path, small_mnist,
         "mount -t tmpfs -o size=64k tmpfs $disk; dd if=/dev/zero of=$disk/filler bs=1k 2>/dev/null; run; "
         "echo status $?; rm $disk/filler; mount -o remount,size=64m $disk; run --resume; echo status $?; "
         "cp -r $disk/* .",
-        *on_disk(tmp_path, small_mnist),
+        *flags(tmp_path / "disk", small_mnist),
         f"--checkpoint-dir={tmp_path / 'checkpoints'}",
     )
     assert "status 1\n" in process.stdout and process.stdout.endswith("status 0\n"), process.stderr
@@ -76,25 +66,27 @@ def test_files_that_cannot_be_written_do_not_end_training(tmp_path, small_mnist,
     assert files == expected and f"results/{NAME}/metrics.csv" in files
 
 
+@pytest.mark.slow
 def test_disk_that_turns_read_only(tmp_path, small_mnist):
     process = in_namespace(
         tmp_path,
         "mount -t tmpfs tmpfs $disk; run & until [ -e $disk/checkpoints/*.unfinished ]; do sleep 0.01; done; "
         "mount --bind $disk $disk; mount -o remount,bind,ro $disk; wait $!; echo status $?; "
         "umount $disk; run --resume; echo status $?",
-        *on_disk(tmp_path, small_mnist),
+        *flags(tmp_path / "disk", small_mnist),
         "--generator-iterations=100",
     )
     assert "status 1\n" in process.stdout and process.stdout.endswith("status 0\n"), process.stderr
     assert "Read-only file system" in process.stderr and "Traceback" not in process.stderr
-    assert "goes on at task" in process.stdout
+    assert "continues at task" in process.stdout
 
 
+@pytest.mark.slow
 def test_directories_that_vanish_are_made_again(tmp_path, small_mnist):
     process = in_namespace(
         tmp_path,
         "run & until [ -e $disk/results/*/metrics.csv ]; do sleep 0.01; done; rm -rf $disk/*; wait $!; echo status $?",
-        *on_disk(tmp_path, small_mnist),
+        *flags(tmp_path / "disk", small_mnist),
         "--generator-iterations=100",
     )
     assert process.stdout.endswith("status 0\n"), process.stderr

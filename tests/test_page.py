@@ -1,6 +1,5 @@
 """A run as people see it elsewhere: the live page in a real browser, TensorBoard, pandas."""
 
-import csv
 import errno
 import importlib.util
 import io
@@ -15,24 +14,15 @@ import numpy as np
 import pytest
 from conftest import assert_one_line_error, run, start
 from PIL import Image
-from test_resume import NAME, flags, run_here, run_until
+from test_resume import NAME, flags, run_here, run_until, wait_until
 from test_visual import needs_visdom, visdom_server
-from test_visual import wait_for as wait_briefly_for
 
+import utils
 import visual
 
 needs_tensorboard = pytest.mark.skipif(
     not importlib.util.find_spec("tensorboard"), reason="tensorboard is not installed"
 )
-
-
-def wait_for(condition) -> None:
-    wait_briefly_for(condition, seconds=90)  # a program starts, a browser draws
-
-
-def metrics(directory) -> list[dict[str, str]]:
-    with (directory / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 # ------------------------------------------------------------------------------------------- the page in a browser
@@ -78,13 +68,12 @@ def page():
 def points_of(directory, lengths) -> dict[str, dict[str, list[tuple[int, float]]]]:
     """By title and legend, the points that the plots of a run must have, from its metrics.csv."""
     plots = {}
-    for row in metrics(directory):
+    for row in utils.Run.read(directory).rows:
         phase, name, task = row["phase"], row["name"], int(row["task"])
         if phase == "test":
             continue
-        title = {"loss": "solver loss", "critic-loss": "generator critic loss", "generator-loss": "generator loss"}.get(
-            name, f"generator {name}"
-        )
+        titles = {"loss": "solver loss", "critic-loss": "generator critic loss", "generator-loss": "generator loss"}
+        title = titles.get(name, f"generator {name}")
         if name.startswith("precision-"):
             title, task = "precision", int(name.removeprefix("precision-"))
         point = [(int(row["task"]) - 1) * lengths[phase] + int(row["iteration"]), float(row["value"])]
@@ -111,16 +100,15 @@ def test_the_page_of_a_run_is_what_its_files_say(tmp_path, small_mnist, page):
         arguments += ["--visdom-server=127.0.0.1", f"--visdom-port={port}"]
         directory = tmp_path / "results" / NAME
         process = start("main.py", *arguments, cwd=tmp_path)
-        wait_for(
-            lambda: (directory / "metrics.csv").exists() and "solver,1," in (directory / "metrics.csv").read_text()
-        )
+        wait_until((directory / "metrics.csv").exists)
+        wait_until(lambda: "solver,1," in (directory / "metrics.csv").read_text())
         process.send_signal(signal.SIGSTOP)
         assert process.poll() is None
 
         # In the middle of the run: the first task, and no line of the next ones.
         page.goto(f"http://127.0.0.1:{port}/env/{NAME}")
         page.wait_for_selector(".js-plotly-plot")
-        wait_for(lambda: "generator critic loss" in points_seen(page))
+        wait_until(lambda: "generator critic loss" in points_seen(page))
         early, so_far = points_seen(page), points_of(directory, SIZES)
         for title, curves in early.items():
             for name, points in curves.items():
@@ -132,8 +120,8 @@ def test_the_page_of_a_run_is_what_its_files_say(tmp_path, small_mnist, page):
 
         # At its end, on the page that is still open.
         expected = points_of(directory, SIZES)
-        wait_for(lambda: points_seen(page) == expected)
-        wait_for(lambda: bars(page) == sorted([*expected, SAMPLES_TITLE]))
+        wait_until(lambda: points_seen(page) == expected)
+        wait_until(lambda: bars(page) == sorted([*expected, SAMPLES_TITLE]))
         names = [f"task {task}: {title}" for task, title in enumerate(TITLES, start=1)]
         for plot in page.evaluate(LOOK):
             phase = "generator" if "generator" in plot["title"] else "solver"
@@ -146,10 +134,7 @@ def test_the_page_of_a_run_is_what_its_files_say(tmp_path, small_mnist, page):
             for text in plot["texts"]:
                 assert inside(text, plot["box"]), (plot["title"], text, plot["box"])
         page.wait_for_function("[...document.querySelectorAll('.window img')].some(image => image.naturalWidth > 200)")
-        boxes = [window.bounding_box() for window in page.query_selector_all(".window")]
-        boxes = [
-            {"left": b["x"], "top": b["y"], "right": b["x"] + b["width"], "bottom": b["y"] + b["height"]} for b in boxes
-        ]
+        boxes = page.evaluate("[...document.querySelectorAll('.window')].map(w => w.getBoundingClientRect().toJSON())")
         assert len(boxes) == 6 and all(box["right"] <= 1280 for box in boxes)
         assert not any(overlap(one, other) for one, other in itertools.combinations(boxes, 2))
         page.screenshot(path=tmp_path / "live.png", full_page=True)
@@ -162,8 +147,8 @@ def test_the_page_of_a_run_is_what_its_files_say(tmp_path, small_mnist, page):
         assert process.returncode == 0 and (tmp_path / "results" / f"{NAME}~1").exists(), error
         expected = points_of(directory, shorter)
         for _ in range(2):
-            wait_for(lambda: points_seen(page) == expected)
-            wait_for(lambda: bars(page) == sorted([*expected, SAMPLES_TITLE]))
+            wait_until(lambda: points_seen(page) == expected)
+            wait_until(lambda: bars(page) == sorted([*expected, SAMPLES_TITLE]))
             page.reload()
 
 
@@ -191,77 +176,56 @@ def test_metrics_load_into_pandas_as_they_are(tmp_path, small_mnist):
     frame = pandas.read_csv(directory / "metrics.csv")
     assert [frame[column].dtype.kind for column in ("task", "iteration", "value")] == ["i", "i", "f"]
     assert frame.notna().all(axis=None)
-    assert frame.astype(str).to_dict("records") == metrics(directory)
+    assert frame.astype(str).to_dict("records") == utils.Run.read(directory).rows
 
 
-def board(directory):
-    """What TensorBoard reads in a run's directory."""
+def assert_board_is_what_the_files_say(directory, drawn) -> None:
+    """TensorBoard reads every scalar once, the outcome, and sample grids of these iterations, the newest one last."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    return EventAccumulator(str(directory / "tensorboard"), size_guidance={"images": 0, "scalars": 0}).Reload()
-
-
-def assert_board_is_what_the_files_say(directory, generator=4, solver=6, tasks=2) -> None:
-    """Every scalar, the newest samples, the outcome."""
-    expected = {}
-    for row in metrics(directory):
-        length = generator if row["phase"] == "generator" else solver
-        at = (int(row["task"]) - 1) * length + int(row["iteration"])
+    expected, lengths = {}, {"generator": 4, "solver": 6, "test": 6}
+    for row in utils.Run.read(directory).rows:
+        at = (int(row["task"]) - 1) * lengths[row["phase"]] + int(row["iteration"])
         expected.setdefault(f"{row['phase']}/{row['name']}", []).append((at, pytest.approx(float(row["value"]))))
     summary = json.loads((directory / "summary.json").read_text())
-    expected["average-precision"] = [(tasks * solver, pytest.approx(summary["average_precision"]))]
-    seen = board(directory)
+    expected["average-precision"] = [(12, pytest.approx(summary["average_precision"]))]
+    seen = EventAccumulator(str(directory / "tensorboard"), size_guidance={"images": 0, "scalars": 0}).Reload()
     assert {tag: [(e.step, e.value) for e in seen.Scalars(tag)] for tag in seen.Tags()["scalars"]} == expected
-    newest = Image.open(io.BytesIO(seen.Images("samples")[-1].encoded_image_string))
-    with Image.open(directory / visual.SAMPLES) as file:
-        assert np.abs(np.asarray(newest, dtype=int) - np.asarray(file)).max() <= 1  # one cuts off, the other rounds
-
-
-def hparams_of(directory) -> dict[str, object]:
-    from tensorboard.plugins.hparams import metadata
-
-    plugin = board(directory).SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data
-    values = metadata.parse_session_start_info_plugin_data(plugin.content).hparams
-    return {name: getattr(value, value.WhichOneof("kind")) for name, value in values.items()}
+    grids = seen.Images("samples") if drawn else []
+    assert [grid.step for grid in grids] == drawn
+    for grid in grids[-1:]:
+        newest = np.asarray(Image.open(io.BytesIO(grid.encoded_image_string)), dtype=int)
+        with Image.open(directory / utils.SAMPLES) as file:
+            assert np.abs(newest - np.asarray(file)).max() <= 1  # one cuts off, the other rounds
 
 
 @needs_tensorboard
 def test_tensorboard_shows_what_the_files_say(tmp_path, small_mnist):
-    directory = tmp_path / "results" / NAME
-    run_here(flags(tmp_path, small_mnist, "--tensorboard"))
-    assert_board_is_what_the_files_say(directory)
-    assert [image.step for image in board(directory).Images("samples")] == [2, 4, 6, 8]
-    seen = hparams_of(directory)
-    assert (seen["lr"], seen["replay_mode"], seen["generator_iterations"]) == (1e-3, "generative-replay", 4)
-
-    # A second run of the same name leaves the first one's as they are, and has its own.
-    run_here(flags(tmp_path, small_mnist, "--tensorboard", "--lr=2e-3"))
-    assert_board_is_what_the_files_say(directory)
-    assert hparams_of(directory)["lr"] == 2e-3
-    assert_board_is_what_the_files_say(directory.with_name(f"{NAME}~1"))
-    assert hparams_of(directory.with_name(f"{NAME}~1"))["lr"] == 1e-3
+    """A second run of the same name leaves the first one's files as they are, and has its own."""
+    for _ in range(2):
+        run_here(flags(tmp_path, small_mnist, "--tensorboard"))
+    for name in (NAME, f"{NAME}~1"):
+        assert_board_is_what_the_files_say(tmp_path / "results" / name, drawn=[2, 4, 6, 8])
 
 
 # Of the 23 states of such a run (tests/test_resume.py): in the first generator, the first solver, the second of both.
 @needs_tensorboard
-@pytest.mark.parametrize("saves, before", [(3, True), (9, True), (15, True), (22, True), (9, False)])
-def test_tensorboard_of_a_resumed_run_has_every_point_once(tmp_path, small_mnist, monkeypatch, saves, before):
-    """Stopped where more was written than the state knows of, and half a record; or begun without the flag."""
-    arguments, directory = flags(tmp_path, small_mnist), tmp_path / "results" / NAME
+@pytest.mark.parametrize(
+    "saves, before, drawn",
+    [(3, True, [4, 6, 8]), (9, True, [6, 8]), (15, True, [8]), (22, True, []), (9, False, [6, 8])],
+)
+def test_tensorboard_of_a_resumed_run_has_every_point_once(tmp_path, small_mnist, monkeypatch, saves, before, drawn):
+    """Stopped where more was written than the state knows, or begun without the flag; earlier grids are lost."""
+    arguments = flags(tmp_path, small_mnist)
     run_until(monkeypatch, saves, [*arguments, *["--tensorboard"] * before])
-    for file in directory.glob("tensorboard/events*"):
-        with file.open("ab") as half:
-            half.write(b"\x50\0\0")
     run_here([*arguments, "--tensorboard", "--resume"])
-    assert_board_is_what_the_files_say(directory)
-    steps = [image.step for image in board(directory).Images("samples")]
-    assert steps == ([2, 4, 6, 8] if before else [6, 8])
-    assert len(list(directory.glob("tensorboard/events*"))) == 1
+    assert_board_is_what_the_files_say(tmp_path / "results" / NAME, drawn)
 
 
 @needs_tensorboard
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_tensorboard_that_cannot_be_written_is_one_warning(tmp_path, small_mnist, monkeypatch, capsys):
-    from torch.utils.tensorboard import RecordWriter
+    from tensorboard.summary.writer.record_writer import RecordWriter
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -11,26 +12,26 @@ import subprocess
 import sys
 import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, WITHOUT_GPU, run, start
+from conftest import ROOT, TINY, WITHOUT_GPU, run, start
 
 import main
 import models
 import train
 import utils
 import visual
-from utils import UserError
+from utils import Run, UserError
 
 NAME = "permutated-mnist-generative-replay-r0.3"
 FLAGS = ["--sample-log", "--sample-log-interval=2", "--image-log-interval=2", "--checkpoint-interval=0"]
 
 
 def flags(cwd, small_mnist, *more: str) -> list[str]:
-    places = {"result": "results", "checkpoint": "checkpoints", "sample": "samples"}
-    places = [f"--{kind}-dir={cwd / place}" for kind, place in places.items()]
+    places = [f"--{kind}-dir={cwd / kind}s" for kind in ("result", "checkpoint", "sample")]
     return ["--train", f"--data-dir={small_mnist}", *TINY, *FLAGS, *places, *more]
 
 
@@ -41,6 +42,10 @@ def run_here(arguments: list[str]) -> str:
     return out.getvalue()
 
 
+def state_of(cwd) -> Path:
+    return cwd / "checkpoints" / f"{NAME}.unfinished"
+
+
 def outcome(cwd) -> dict[str, object]:
     """All files of a finished run, as bytes, times aside."""
     files = {
@@ -48,7 +53,7 @@ def outcome(cwd) -> dict[str, object]:
         for path in sorted(cwd.rglob("*"))
         if path.is_file() and path.suffix not in (".lock", ".json") and path.name != NAME
     }
-    scholar = models.load_checkpoint(cwd / "checkpoints" / NAME)
+    scholar = utils.load_checkpoint(cwd / "checkpoints" / NAME)
     weights = {name: value.numpy().tobytes() for name, value in scholar["scholar"].items()}
     lines = (cwd / "results" / NAME / "summary.json").read_text().splitlines()
     return files | weights | {"summary": [line for line in lines if '"seconds"' not in line]}
@@ -68,17 +73,17 @@ class Cut(Exception):
 
 def run_until(monkeypatch, saves: int, arguments: list[str]) -> None:
     """Run until the state has been saved so often, and end just before it would be saved again."""
-    left, plain = [saves], models.save_checkpoint
+    left, plain = [saves], utils.save_checkpoint
 
     def save(path, **content):
-        if path.name.endswith(main.UNFINISHED):
+        if path.suffix == ".unfinished":
             if left[0] == 0:
                 raise Cut
             left[0] -= 1
         plain(path, **content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(models, "save_checkpoint", save)
+        patch.setattr(utils, "save_checkpoint", save)
         with pytest.raises(Cut):
             run_here(arguments)
 
@@ -89,40 +94,38 @@ def test_resumed_run_is_the_run_that_was_never_stopped(tmp_path, small_mnist, wh
     if saves < 23:
         run_until(monkeypatch, saves, flags(tmp_path, small_mnist))
     else:
-        monkeypatch.setattr(train.RunFiles, "write_summary", lambda *_, **__: (_ for _ in ()).throw(Cut()))
-        with pytest.raises(Cut):
+        with monkeypatch.context() as patch, pytest.raises(Cut):
+            patch.setattr(utils.RunFiles, "write_summary", lambda *_, **__: (_ for _ in ()).throw(Cut()))
             run_here(flags(tmp_path, small_mnist))
-        monkeypatch.undo()
-    assert "goes on at task" in run_here(flags(tmp_path, small_mnist, "--resume"))
+    assert f"{NAME} continues at task" in run_here(flags(tmp_path, small_mnist, "--resume"))
     assert outcome(tmp_path) == whole
 
 
 @pytest.mark.parametrize(
-    "arm",
+    "setting",
     [
         ["--replay-mode=none"],
         ["--replay-mode=exact-replay", "--replay-targets=soft"],
         ["--replay-mode=noise-replay"],
         ["--experiment=mnist-chain", "--lr-schedule=linear"],
-        ["--experiment=split-mnist", "--generator=vae", "--replay-targets=soft", "--lr-schedule=linear"],
+        ["--experiment=split-mnist", "--recipe=vae", "--lr-schedule=linear"],
     ],
 )
-def test_every_arm_resumes(tmp_path, small_mnist, monkeypatch, arm):
-    name = main.run_name(main.parse(flags(tmp_path, small_mnist, *arm)))
-    monkeypatch.setattr(sys.modules[__name__], "NAME", name)
-    run_here(flags(tmp_path / "whole", small_mnist, *arm))
-    run_until(monkeypatch, 17, flags(tmp_path / "cut", small_mnist, *arm))
-    run_until(monkeypatch, 4, flags(tmp_path / "cut", small_mnist, *arm, "--resume"))
-    run_here(flags(tmp_path / "cut", small_mnist, *arm, "--resume"))
+def test_every_setting_resumes(tmp_path, small_mnist, monkeypatch, setting):
+    monkeypatch.setattr(sys.modules[__name__], "NAME", main.parse(["--train", *setting]).name)
+    run_here(flags(tmp_path / "whole", small_mnist, *setting))
+    run_until(monkeypatch, 17, flags(tmp_path / "cut", small_mnist, *setting))
+    run_until(monkeypatch, 4, flags(tmp_path / "cut", small_mnist, *setting, "--resume"))
+    run_here(flags(tmp_path / "cut", small_mnist, *setting, "--resume"))
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("graphs", [[], ["--cuda-graphs"]], ids=["eager", "captured"])
-def test_a_run_on_a_gpu_is_cut_off_and_goes_on_there(tmp_path, small_mnist, monkeypatch, gpu, graphs):
+def test_a_run_on_a_gpu_is_cut_off_and_continues_there(tmp_path, small_mnist, monkeypatch, gpu, graphs):
     run_until(monkeypatch, 14, flags(tmp_path, small_mnist, *graphs))
-    assert "goes on at task 2" in run_here(flags(tmp_path, small_mnist, *graphs, "--resume"))
+    assert "continues at task 2" in run_here(flags(tmp_path, small_mnist, *graphs, "--resume"))
     config = json.loads((tmp_path / "results" / NAME / "config.json").read_text())
-    assert config["device"] == utils.device_name(gpu) != utils.device_name(torch.device("cpu"))
+    assert config["device"] == models.device_name(gpu) != models.device_name(torch.device("cpu"))
     main.run_test(main.parse(["--test", *flags(tmp_path, small_mnist)[1:]]))
     assert list((tmp_path / "samples").glob(f"{NAME}*.jpg"))
 
@@ -131,11 +134,13 @@ def test_resume_without_a_run_starts_one_and_leaves_a_finished_one_alone(tmp_pat
     run_here(flags(tmp_path, small_mnist, "--resume"))
     assert outcome(tmp_path) == whole
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    assert "finished" in run_here(flags(tmp_path, small_mnist, "--resume"))
+    assert "is finished: nothing to resume" in run_here(flags(tmp_path, small_mnist, "--resume"))
+    with pytest.raises(UserError, match=r"holds a run with --lr 0\.001, not 0\.5: without --resume"):
+        run_here(flags(tmp_path, small_mnist, "--lr=0.5", "--resume"))
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-def test_without_resume_an_unfinished_run_is_set_aside_whole(tmp_path, small_mnist, monkeypatch, whole):
+def test_without_resume_an_unfinished_run_is_renamed_whole(tmp_path, small_mnist, monkeypatch):
     run_until(monkeypatch, 14, flags(tmp_path, small_mnist))
     left = {path.name: path.read_bytes() for path in (tmp_path / "checkpoints").iterdir() if path.suffix != ".lock"}
     run_here(flags(tmp_path, small_mnist))
@@ -145,7 +150,7 @@ def test_without_resume_an_unfinished_run_is_set_aside_whole(tmp_path, small_mni
     assert (tmp_path / "results" / f"{NAME}~1" / "metrics.csv").exists()
     assert not (tmp_path / "results" / f"{NAME}~1" / "summary.json").exists()
     for suffix in ("", "~1"):
-        pictures = visual.Run(tmp_path / "results" / f"{NAME}{suffix}").kept_samples().values()
+        pictures = Run.read(tmp_path / "results" / f"{NAME}{suffix}").kept_samples().values()
         assert pictures and all(path.parent == tmp_path / "samples" / f"{NAME}{suffix}" for path in pictures)
 
 
@@ -153,13 +158,24 @@ def test_pictures_in_another_directory_after_a_stop_are_found(tmp_path, small_mn
     run_until(monkeypatch, 14, flags(tmp_path, small_mnist))
     (tmp_path / "samples").rename(tmp_path / "moved")
     run_here(flags(tmp_path, small_mnist, "--resume", f"--sample-dir={tmp_path / 'moved'}"))
-    assert len(visual.Run(tmp_path / "results" / NAME).kept_samples()) == 4
+    assert len(Run.read(tmp_path / "results" / NAME).kept_samples()) == 4
 
 
-def test_resume_with_other_flags_is_refused(tmp_path, small_mnist, monkeypatch):
+def test_resume_with_other_flags_or_data_is_refused(tmp_path, small_mnist, monkeypatch):
     run_until(monkeypatch, 3, flags(tmp_path, small_mnist))
-    with pytest.raises(UserError, match=r"--lr 0\.001, not 0\.5.*same flags"):
+    with pytest.raises(UserError, match=r"belongs to a run with --lr 0\.001, not 0\.5: use the same flags"):
         run_here(flags(tmp_path, small_mnist, "--lr=0.5", "--resume"))
+    other = shutil.copytree(small_mnist, tmp_path / "other")
+    labels = other / "mnist/MNIST/raw/train-labels-idx1-ubyte"
+    labels.write_bytes(labels.read_bytes()[:-1] + b"\x00")
+    with pytest.raises(UserError, match="other data files"):
+        run_here(flags(tmp_path, other, "--resume"))
+
+
+def test_resume_may_change_what_decides_nothing(tmp_path, small_mnist, whole, monkeypatch):
+    run_until(monkeypatch, 14, flags(tmp_path, small_mnist))
+    run_here(flags(tmp_path, small_mnist, "--resume", "--checkpoint-interval=1000", "--visdom-port=9"))
+    assert outcome(tmp_path) == whole
 
 
 def test_a_resumed_run_says_what_it_began_with(tmp_path, small_mnist, monkeypatch, capfd):
@@ -181,19 +197,10 @@ def test_the_commit_of_a_tag_is_not_the_tags_name(tmp_path, monkeypatch):
     assert utils.commit() == head
 
 
-def test_resume_on_other_data_is_refused(tmp_path, small_mnist, monkeypatch):
-    run_until(monkeypatch, 3, flags(tmp_path, small_mnist))
-    other = shutil.copytree(small_mnist, tmp_path / "other")
-    labels = other / "mnist/MNIST/raw/train-labels-idx1-ubyte"
-    labels.write_bytes(labels.read_bytes()[:-1] + b"\x00")
-    with pytest.raises(UserError, match="other data files"):
-        run_here(flags(tmp_path, other, "--resume"))
-
-
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign", "malicious", "missing"])
 def test_damaged_state_is_named_and_the_one_before_it_used(tmp_path, small_mnist, whole, monkeypatch, capfd, damage):
     run_until(monkeypatch, 14, flags(tmp_path, small_mnist))
-    state = tmp_path / "checkpoints" / f"{NAME}{main.UNFINISHED}"
+    state = state_of(tmp_path)
     harm(state, damage, tmp_path)
     run_here(flags(tmp_path, small_mnist, "--resume"))
     assert outcome(tmp_path) == whole
@@ -203,12 +210,12 @@ def test_damaged_state_is_named_and_the_one_before_it_used(tmp_path, small_mnist
 
 def test_two_damaged_states_are_refused(tmp_path, small_mnist, monkeypatch):
     run_until(monkeypatch, 14, flags(tmp_path, small_mnist))
-    state = tmp_path / "checkpoints" / f"{NAME}{main.UNFINISHED}"
-    for path in (state, models.previous(state)):
+    states = state_of(tmp_path), utils.previous(state_of(tmp_path))
+    for path in states:
         harm(path, "truncated", tmp_path)
     with pytest.raises(UserError, match=f"{NAME}.*no good state is left"):
         run_here(flags(tmp_path, small_mnist, "--resume"))
-    assert state.exists() and models.previous(state).exists()
+    assert all(path.exists() for path in states)
 
 
 class Executed:
@@ -230,15 +237,38 @@ def harm(path, damage: str, directory) -> None:
         path.write_bytes(content)
     elif damage == "foreign":
         torch.save({"weights": torch.zeros(3)}, path)
+    elif damage == "other format":
+        torch.save({**torch.load(path, weights_only=True), "format": 0}, path)
     elif damage == "malicious":
-        torch.save({"format": models.CHECKPOINT_FORMAT, "training": Executed(directory)}, path)
+        torch.save({"format": utils.CHECKPOINT_FORMAT, "training": Executed(directory)}, path)
+    elif damage == "pickle":
+        path.write_bytes(pickle.dumps(Executed(directory)))
     else:
         path.unlink()
+        if damage == "directory":
+            path.mkdir()
+
+
+def test_a_damaged_state_never_takes_the_place_of_the_one_before(tmp_path, small_mnist, monkeypatch):
+    run_until(monkeypatch, 5, flags(tmp_path, small_mnist))
+    state = state_of(tmp_path)
+    state.write_bytes(b"damaged")
+    good = utils.previous(state).read_bytes()
+    main.parse(flags(tmp_path, small_mnist)).paths.last_state()
+    assert state.exists()  # looking changes nothing
+
+    def save_and_end(training):
+        training._save_state()
+        raise Cut
+
+    monkeypatch.setattr(train.Training, "run", save_and_end)
+    with pytest.raises(Cut):
+        run_here(flags(tmp_path, small_mnist, "--resume"))
+    assert utils.previous(state).read_bytes() == good and utils.load_checkpoint(state)
 
 
 def test_nothing_is_written_over_with_broken_weights(tmp_path, small_mnist, monkeypatch):
     """Losses are looked at seldom, weights before every save."""
-    arguments = flags(tmp_path, small_mnist, "--loss-log-interval=1000")
     plain, steps = models.step, []
 
     def step(optimiser, loss):
@@ -248,13 +278,12 @@ def test_nothing_is_written_over_with_broken_weights(tmp_path, small_mnist, monk
             with torch.no_grad():
                 optimiser.param_groups[0]["params"][0][0] = float("nan")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(models, "step", step)
-        with pytest.raises(UserError, match=r"diverged.*task 1, generator iteration 3.*--lr.*state is kept"):
-            run_here(arguments)
-    kept = models.load_checkpoint(tmp_path / "checkpoints" / f"{NAME}{main.UNFINISHED}")
-    assert kept["training"]["done"]["generator"] == 2
-    assert all(value.isfinite().all() for value in kept["training"]["scholar"].values())
+    monkeypatch.setattr(models, "step", step)
+    with pytest.raises(UserError, match=r"diverged.*task 1, generator iteration 3.*--lr.*state is kept"):
+        run_here(flags(tmp_path, small_mnist, "--loss-log-interval=1000"))
+    kept = utils.load_checkpoint(state_of(tmp_path))["training"]
+    assert kept["done"]["generator"] == 2
+    assert all(value.isfinite().all() for value in kept["scholar"].values())
 
 
 class Own(models.VAE):
@@ -287,11 +316,9 @@ def own(tmp_path, small_mnist, monkeypatch) -> list[str]:
 def test_losses_of_any_name_and_infinite_buffers_are_kept(own, tmp_path, monkeypatch):
     run_until(monkeypatch, 14, own)
     run_here([*own, "--resume"])
-    run = visual.Run(tmp_path / "results" / f"{NAME}-own")
+    run = Run.read(tmp_path / "results" / f"{NAME}-own")
     assert len(run.curves["generator", 'a, "b"']) == len(run.curves["generator", "precision-of-all"]) == 4
-    plots = visual.LivePlots(run, "localhost", 1)
-    plots.close()
-    assert visual.loss_figure(visual.arms_of([run])[run.experiment]) is not None
+    visual.LivePlots(run, "localhost", 1).close()
 
 
 def test_state_that_could_not_be_read_again_is_refused_at_once(own, monkeypatch):
@@ -307,116 +334,103 @@ def test_resume_with_a_changed_network_is_one_line(own, monkeypatch):
         run_here([*own, "--resume"])
 
 
+def test_resume_overwrites_no_other_run(tmp_path, small_mnist, monkeypatch):
+    """A run that continues in the result directory of another: what the other left is renamed."""
+
+    def content(directory):
+        return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+
+    run_here(flags(tmp_path, small_mnist, f"--checkpoint-dir={tmp_path / 'others'}", "--seed=9"))
+    before = content(tmp_path / "results" / NAME)
+    run_until(monkeypatch, 5, flags(tmp_path / "elsewhere", small_mnist))
+    here = f"--result-dir={tmp_path / 'results'}"
+    assert "continues at task" in run_here(flags(tmp_path / "elsewhere", small_mnist, here, "--resume"))
+    assert content(tmp_path / "results" / f"{NAME}~1") == before
+    assert Run.read(tmp_path / "results" / NAME).seed == 0
+
+
+def test_numbers_of_what_was_renamed_only_grow(tmp_path):
+    """And one directory of a run inside another is renamed with it."""
+    for name in ("a/b", "a~1", "a~3", "ab~7"):
+        (tmp_path / name).mkdir(parents=True)
+    utils.rename_earlier([tmp_path / "a", tmp_path / "a/b", tmp_path / "c"])
+    assert (tmp_path / "a~4/b~4").is_dir() and len(list(tmp_path.iterdir())) == 4
+
+
 # ------------------------------------------------------------------------------ signals, kills, two runs at once
 
-LONG = ["--generator-iterations=2000", "--solver-iterations=1000"]
 
-
-def wait_until(condition, process: subprocess.Popen, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
+def wait_until(condition, process: subprocess.Popen | None = None) -> None:
+    """Wait for something to happen while a process, if any, is running."""
+    end = time.monotonic() + 90
     while not condition():
-        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        assert time.monotonic() < end, "waited in vain"
+        assert process is None or process.poll() is None, process.communicate()
         time.sleep(0.01)
 
 
-def start_long_run(cwd, small_mnist) -> subprocess.Popen:
-    """A run that would last for minutes, some iterations after its start."""
-    process = start("main.py", *flags(cwd, small_mnist, *LONG, "--checkpoint-interval=1000"), cwd=cwd)
+def rows(cwd) -> int:
     metrics = cwd / "results" / NAME / "metrics.csv"
-    wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 4, process)
-    return process
+    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+
+@contextlib.contextmanager
+def long_run(cwd, small_mnist):
+    """A run that would last for minutes, some iterations after its start."""
+    sizes = ["--generator-iterations=2000", "--solver-iterations=1000", "--checkpoint-interval=1000"]
+    process = start("main.py", *flags(cwd, small_mnist, *sizes), cwd=cwd)
+    try:
+        wait_until(lambda: rows(cwd) > 4, process)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def hangup():
+    """Sets what a terminal's end does to this process and to those that it starts: nohup has it ignored."""
+    before = signal.getsignal(signal.SIGHUP)
+    yield lambda handler: signal.signal(signal.SIGHUP, handler)
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signal_saves_and_says_how_to_go_on(tmp_path, small_mnist, number):
-    before = signal.signal(number, signal.SIG_DFL)  # nohup has SIGHUP ignored, by the tests and the run alike
-    process = start_long_run(tmp_path, small_mnist)
-    signal.signal(number, before)
-    process.send_signal(number)
-    _, error = process.communicate(timeout=30)
+def test_signal_saves_and_says_how_to_continue(tmp_path, small_mnist, hangup, number):
+    hangup(signal.SIG_DFL)
+    with long_run(tmp_path, small_mnist) as process:
+        process.send_signal(number)
+        _, error = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert "stopped at task 1, generator iteration" in error.splitlines()[-1] and "--resume" in error.splitlines()[-1]
-    kept = models.load_checkpoint(tmp_path / "checkpoints" / f"{NAME}{main.UNFINISHED}")
-    iteration = kept["training"]["done"]["generator"]
-    assert f"generator iteration {iteration};" in error and iteration > 0
+    iteration = utils.load_checkpoint(state_of(tmp_path))["training"]["done"]["generator"]
+    assert f"stopped at task 1, generator iteration {iteration};" in error.splitlines()[-1] and iteration > 0
+    assert "run the same command with --resume to continue" in error.splitlines()[-1]
 
 
-def test_a_run_under_nohup_outlives_its_terminal(tmp_path, small_mnist):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    process = start_long_run(tmp_path, small_mnist)
-    signal.signal(signal.SIGHUP, before)
-    metrics = tmp_path / "results" / NAME / "metrics.csv"
-    rows = len(metrics.read_text().splitlines())
-    process.send_signal(signal.SIGHUP)
-    wait_until(lambda: len(metrics.read_text().splitlines()) > rows + 10, process)
-    process.terminate()
-    assert "stopped at task" in process.communicate(timeout=30)[1]
-
-
-def test_resume_overwrites_no_other_run(tmp_path, small_mnist, monkeypatch):
-    """A run that goes on in the results' directory of another: what the other left is set aside."""
-    other = flags(tmp_path, small_mnist, f"--checkpoint-dir={tmp_path / 'others'}", "--seed=9")
-    run_here(other)
-    before = outcome_of(tmp_path / "results" / NAME)
-    run_until(monkeypatch, 5, flags(tmp_path / "elsewhere", small_mnist))
-    here = f"--result-dir={tmp_path / 'results'}"
-    assert "goes on at task" in run_here(flags(tmp_path / "elsewhere", small_mnist, here, "--resume"))
-    assert outcome_of(tmp_path / "results" / f"{NAME}~1") == before
-    assert visual.Run(tmp_path / "results" / NAME).seed != 9
-
-
-def outcome_of(directory):
-    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
-
-
-def test_a_damaged_state_never_takes_the_place_of_the_one_before(tmp_path, small_mnist, monkeypatch):
-    run_until(monkeypatch, 5, flags(tmp_path, small_mnist))
-    state = tmp_path / "checkpoints" / f"{NAME}{main.UNFINISHED}"
-    assert models.previous(state).exists()
-    state.write_bytes(b"damaged")
-    good = models.previous(state).read_bytes()
-    paths = main.Paths.of(main.parse(flags(tmp_path, small_mnist)))
-    main.last_state(paths)
-    assert state.exists()  # looking changes nothing
-    saved = []
-    monkeypatch.setattr(train.Training, "run", lambda training: saved.append(training._save_state()) or end_here())
-    with pytest.raises(UserError, match="here"):
-        run_here(flags(tmp_path, small_mnist, "--resume"))
-    assert saved and models.previous(state).read_bytes() == good and models.load_checkpoint(state)
-
-
-def end_here():
-    raise UserError("here")
-
-
-def test_numbers_of_what_was_set_aside_only_grow(tmp_path):
-    for name in ("a", "a~1", "a~3", "ab~7"):
-        (tmp_path / name).touch()
-    assert utils.set_aside([tmp_path / "a", tmp_path / "b"]) == [(tmp_path / "a", tmp_path / "a~4")]
-
-
-def test_one_directory_of_a_run_inside_another_is_set_aside_with_it(tmp_path):
-    (tmp_path / "a/b").mkdir(parents=True)
-    utils.set_aside([tmp_path / "a", tmp_path / "a/b"])
-    assert (tmp_path / "a~1/b~1").is_dir() and [path.name for path in tmp_path.iterdir()] == ["a~1"]
+def test_a_run_under_nohup_outlives_its_terminal(tmp_path, small_mnist, hangup):
+    hangup(signal.SIG_IGN)
+    with long_run(tmp_path, small_mnist) as process:
+        before = rows(tmp_path)
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: rows(tmp_path) > before + 10, process)
+        process.terminate()
+        assert "stopped at task" in process.communicate(timeout=30)[1]
 
 
 def test_a_signal_that_comes_twice_saves_too(tmp_path, small_mnist):
     """As where a whole group of processes is stopped, and its leader hands the signal on."""
-    process = start_long_run(tmp_path, small_mnist)
-    process.send_signal(signal.SIGTERM)
-    time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=30)
-    assert process.returncode == 1 and "--resume goes on" in error
+    with long_run(tmp_path, small_mnist) as process:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=30)
+    assert process.returncode == 1 and "--resume to continue" in error
 
 
 def test_second_signal_leaves_at_once(tmp_path, small_mnist):
     """Even from a save that never ends, here to a pipe that nobody reads."""
-    process = start_long_run(tmp_path, small_mnist)
-    part = tmp_path / "checkpoints" / f".{NAME}{main.UNFINISHED}.part"
-    os.mkfifo(part)
-    try:
+    with long_run(tmp_path, small_mnist) as process:
+        os.mkfifo(tmp_path / "checkpoints" / f".{NAME}.unfinished.part")
         process.send_signal(signal.SIGINT)
         time.sleep(1.5)
         assert process.poll() is None
@@ -426,50 +440,33 @@ def test_second_signal_leaves_at_once(tmp_path, small_mnist):
                 process.wait(timeout=2)
                 break
         assert process.returncode == -signal.SIGINT
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_second_run_of_the_same_name_refuses(tmp_path, small_mnist):
-    first = start_long_run(tmp_path, small_mnist)
-    try:
-        with pytest.raises(UserError, match=f"another run of this name.*{NAME}"):
-            run_here(flags(tmp_path, small_mnist))
-        with pytest.raises(UserError, match="another run of this name"):
-            run_here(flags(tmp_path, small_mnist, f"--result-dir={tmp_path / 'elsewhere'}"))
-        with pytest.raises(UserError, match="another run of this name"):  # whose pictures would be mixed with its own
-            others = [f"--{kind}-dir={tmp_path / 'elsewhere' / kind}" for kind in ("result", "checkpoint")]
-            run_here(flags(tmp_path, small_mnist, *others))
+    elsewhere = {kind: f"--{kind}-dir={tmp_path / 'elsewhere' / kind}" for kind in ("result", "checkpoint")}
+    with long_run(tmp_path, small_mnist) as first:
+        # Whatever they share: everything, scholar and pictures, or pictures alone.
+        for others in ([], [elsewhere["result"]], elsewhere.values()):
+            with pytest.raises(UserError, match=f"another run of this name.*{NAME}"):
+                run_here(flags(tmp_path, small_mnist, *others))
         assert first.poll() is None
-    finally:
-        first.kill()
-        first.communicate()
 
 
-def kill_and_resume(cwd, small_mnist, seconds: float) -> bool:
-    """Kill a run after this time; whether that was before its end. Then resume it to its end."""
-    process = start("main.py", *flags(cwd, small_mnist, "--resume"), cwd=cwd)
-    try:
-        process.communicate(timeout=seconds)
-        return False
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
-        return True
-
-
-@pytest.mark.parametrize("seed", [pytest.param(n, marks=pytest.mark.slow) for n in range(20)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
 def test_killed_at_a_random_moment(tmp_path, small_mnist, whole, seed):
     """Killed three times, at moments of the whole life of a process, and finished in the end as if it never were."""
     moments = random.Random(seed)
     start_up = time.monotonic()
     run("main.py", "--help", cwd=tmp_path)
     start_up = time.monotonic() - start_up
-    killed = sum(kill_and_resume(tmp_path, small_mnist, start_up * moments.uniform(0.5, 2.5)) for _ in range(3))
+    for _ in range(3):
+        with start("main.py", *flags(tmp_path, small_mnist, "--resume"), cwd=tmp_path) as process:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=start_up * moments.uniform(0.5, 2.5))
+            process.kill()
     assert run("main.py", *flags(tmp_path, small_mnist, "--resume"), cwd=tmp_path).returncode == 0
     assert outcome(tmp_path) == whole
-    print(f"killed {killed} times of 3")
 
 
 KILLER = """
@@ -494,10 +491,10 @@ utils.run_program(main.main)
 @pytest.mark.parametrize("moment", ["write", "keep", "rename"])
 def test_killed_within_a_checkpoint_write(tmp_path, small_mnist, whole, moment):
     """Before the file is flushed, before the old one is moved away, and between that and the new one's coming."""
-    script = KILLER.format(root=str(main.__file__).rsplit("/", 1)[0], left=9, moment=moment)
-    arguments = flags(tmp_path, small_mnist)
+    script = KILLER.format(root=str(ROOT), left=9, moment=moment)
     where = {"cwd": tmp_path, "env": {**os.environ, **WITHOUT_GPU}}
-    process = subprocess.run([sys.executable, "-c", script, "-", "-", *arguments], capture_output=True, **where)
+    command = [sys.executable, "-c", script, "-", "-", *flags(tmp_path, small_mnist)]
+    process = subprocess.run(command, capture_output=True, **where)
     assert process.returncode == -signal.SIGKILL, process.stderr
     run_here(flags(tmp_path, small_mnist, "--resume"))
     assert outcome(tmp_path) == whole
@@ -513,5 +510,5 @@ def test_a_directory_that_vanishes_while_a_state_is_written_is_made_again(tmp_pa
             taken.append(shutil.rmtree(tmp_path / "checkpoints"))
 
     monkeypatch.setattr(os, "fsync", vanish)
-    models.save_checkpoint(tmp_path / "checkpoints/state", keep_previous=True, number=7)
-    assert taken and models.load_checkpoint(tmp_path / "checkpoints/state")["number"] == 7
+    utils.save_checkpoint(tmp_path / "checkpoints/state", keep_previous=True, number=7)
+    assert taken and utils.load_checkpoint(tmp_path / "checkpoints/state")["number"] == 7
