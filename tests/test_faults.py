@@ -34,6 +34,7 @@ def may_mount():
         pytest.skip(f"no mount namespaces here: {process.stderr.strip()}")
 
 
+@pytest.mark.slow
 def test_full_disk_ends_the_run_and_loses_nothing(tmp_path, small_mnist, whole):
     """Room for the states of the first task, not for those of the second, which hold replayed pairs."""
     process = in_namespace(
@@ -49,6 +50,7 @@ def test_full_disk_ends_the_run_and_loses_nothing(tmp_path, small_mnist, whole):
     assert outcome(tmp_path / "after") == whole
 
 
+@pytest.mark.slow
 def test_files_that_cannot_be_written_do_not_end_training(tmp_path, small_mnist, whole):
     """Results and pictures on a full disk, checkpoints on another: metrics follow when there is room again."""
     process = in_namespace(
