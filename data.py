@@ -18,6 +18,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -374,7 +375,7 @@ class ExperimentOptions:
     tasks: list[str] | None = option(None, OWN_TASKS, parse=task_source, metavar="TASK", nargs="+", exclusive="tasks")
     mnist_permutation_number: int = option(5, "number of tasks of permutated-mnist", low=1)
     mnist_permutation_seed: int = option(0, "random seed of the permutations", low=0)
-    mnist_split_number: int = option(5, "number of tasks of split-mnist", low=1, high=10)
+    mnist_split_number: int = option(5, "number of tasks of split-mnist, split-svhn, ...", low=1, high=10)
     data_dir: Path = option(data_dir, "where data sets are; DGR_DATA_DIR sets the default", None)
     unverified_data: bool = option(False, "accept data files that are not the official ones, with a warning", None)
 
@@ -391,13 +392,16 @@ def permutated_mnist(library: Library, options: ExperimentOptions) -> list[Task]
     return tasks
 
 
-def split_mnist(library: Library, options: ExperimentOptions) -> list[Task]:
-    """New classes: the ten digits in order, a few per task (in the paper, five tasks of two digits)."""
-    splits = library.load("mnist")
+DIGITS, CLASSES = ("digit", "digits"), ("class", "classes")
+
+
+def split_classes(data_set: str, nouns: tuple[str, str], library: Library, options: ExperimentOptions) -> list[Task]:
+    """New classes: the ten of a data set in order, a few per task (in the paper, five tasks of two digits)."""
+    splits = library.load(data_set)
     tasks = []
-    for digits in torch.arange(10).tensor_split(options.mnist_split_number):
-        name = f"digits {digits[0]}-{digits[-1]}" if len(digits) > 1 else f"digit {digits[0]}"
-        parts = [split.with_classes(digits) for split in splits]
+    for classes in torch.arange(10).tensor_split(options.mnist_split_number):
+        name = f"{nouns[1]} {classes[0]}-{classes[-1]}" if len(classes) > 1 else f"{nouns[0]} {classes[0]}"
+        parts = [split.with_classes(classes) for split in splits]
         if not all(map(len, parts)):
             raise UserError(f"--mnist-split-number: the data have no images of {name}: use fewer tasks, or other data")
         tasks.append(Task(name, *parts))
@@ -431,7 +435,10 @@ class Experiment:
 # To add an experiment, write a function like these and add a line here.
 EXPERIMENTS = {
     "permutated-mnist": Experiment(permutated_mnist),
-    "split-mnist": Experiment(split_mnist),
+    "split-mnist": Experiment(partial(split_classes, "mnist", DIGITS)),
+    "split-svhn": Experiment(partial(split_classes, "svhn", DIGITS)),
+    "split-fashion-mnist": Experiment(partial(split_classes, "fashion-mnist", CLASSES)),
+    "split-cifar10": Experiment(partial(split_classes, "cifar10", CLASSES)),
     "mnist-chain": Experiment(mnist_chain, chain=True),
     "svhn-mnist": Experiment(svhn_mnist),
     "mnist-svhn": Experiment(mnist_svhn),

@@ -9,6 +9,8 @@ scholar of task i learns from D_i and from the scholar of task i-1, and from not
 The new scholar starts from the old one's weights (in a chain, from fresh ones); the old one is a frozen copy. The
 replay mode decides where the pairs (x', y') come from: it is an object with `sample(n)`, and `inputs(n)` where x' alone
 is cheaper. In generative replay the old generator draws x', and the old solver answers it with y'. No replay is None.
+
+What readers of the paper compare it with is here too: `LwF`, `Joint`, `EWC`, and an output layer per task (`OwnHead`).
 """
 
 import copy
@@ -16,14 +18,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Inputs x (n, channels, 32, 32) float in [0, 1], and targets y: classes (n,) int64 or probabilities (n, classes) float.
+# With an output layer (head) per task: (n, heads) int64, NO_TARGET where a head has none, or (n, heads, classes) float.
 Pairs = tuple[Tensor, Tensor]
+NO_TARGET = -100
 
 
 class Source(Protocol):
@@ -61,59 +65,87 @@ class Generator(nn.Module):
     """G: draws images from noise, z -> x. Subclasses say how it learns (`update`).
 
     net: maps noise (n, z_size), standard normal, to images (n, channels, 32, 32) in [0, 1].
+    classes: 0, or the number of classes of a conditional generator, which is told the class of each image (Lesort et
+        al. 2018, arXiv 1812.09111): its noise ends in that class as a one-hot vector, (n, z_size + classes).
     """
 
-    def __init__(self, net: nn.Module, z_size: int):
+    def __init__(self, net: nn.Module, z_size: int, classes: int = 0):
         super().__init__()
         self.net = net
-        self.z_size = z_size
+        self.z_size, self.classes = z_size, classes
+        if classes:
+            self.register_buffer("seen", torch.zeros(classes))  # 1 for each class that it has learned
 
-    def noise(self, n: int) -> Tensor:
-        """z: (n, z_size), standard normal, in float32 or wider."""
+    def noise(self, n: int, y: Tensor | None = None) -> Tensor:
+        """z: (n, z_size), standard normal, in float32 or wider; then the classes y (n,), or random ones seen so far."""
         weight = next(self.net.parameters())
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        return torch.randn(n, self.z_size, dtype=dtype, device=weight.device)
+        z = torch.randn(n, self.z_size, dtype=dtype, device=weight.device)
+        if not self.classes:
+            return z
+        if y is None:  # the largest of one random number per class seen: each class equally often
+            y = (torch.rand(n, self.classes, device=weight.device) * self.seen).argmax(dim=1)
+        return self.with_classes(z, y)
+
+    def with_classes(self, z: Tensor, y: Tensor) -> Tensor:
+        """Noise z (n, z_size) and classes y (n,) for the network: (n, z_size + classes)."""
+        return torch.cat([z, F.one_hot(y, self.classes).to(z)], dim=1)
 
     def sample(self, n: int, z: Tensor | None = None) -> Tensor:
-        """x' ~ G: (n, channels, 32, 32) in [0, 1], from fresh noise or from z (n, z_size)."""
+        """x' ~ G: (n, channels, 32, 32) in [0, 1], from fresh noise or from z (n, z_size), the classes then in turn."""
+        if z is not None and self.classes and z.shape[1] == self.z_size:
+            seen = self.seen.nonzero().flatten()
+            z = self.with_classes(z, seen[torch.arange(n, device=z.device) % len(seen)])
         with evaluating(self.net):
             return self.net(self.noise(n) if z is None else z)
 
-    def update(self, inputs: Callable[[], Tensor]) -> dict[str, Tensor]:
+    def sample_pairs(self, n: int) -> Pairs:
+        """x' ~ G and the classes (n,) that a conditional generator drew them for."""
+        z = self.noise(n)
+        return self.sample(n, z), z[:, self.z_size :].argmax(dim=1)
+
+    def update(self, inputs: Callable[[], Any]) -> dict[str, Tensor]:
         """Learn for one iteration. Returns losses by name, detached.
 
-        inputs: returns a fresh batch (batch_size, channels, 32, 32) each time it is called.
+        inputs: returns a fresh batch (batch_size, channels, 32, 32) each time it is called; if the generator is
+            conditional, pairs with their classes (batch_size,).
         """
         raise NotImplementedError
 
     def remember(self) -> "Generator":
         """A frozen copy that samples and never learns: no critic, no optimiser."""
-        return Generator(frozen(self.net), self.z_size)
+        old = Generator(frozen(self.net), self.z_size, self.classes)
+        if self.classes:
+            old.seen = self.seen.clone()
+        return old
 
 
 class Solver(nn.Module):
     """S: answers images, x -> y.
 
-    net: maps images (n, channels, 32, 32) to class scores (n, classes).
+    net: maps images (n, channels, 32, 32) to class scores (n, classes), or (n, heads, classes) with a head per task.
     """
 
     def __init__(self, net: nn.Module):
         super().__init__()
         self.net = net
 
+    def begin_task(self, task: int, *, replays: bool) -> None:
+        """Task 1, 2, ... is about to be learned, with replay or without; for solvers with a head per task."""
+
     def forward(self, x: Tensor) -> Tensor:
-        """Class scores (n, classes), before the softmax."""
+        """Class scores (n, classes), before the softmax; with a head per task, (n, heads so far, classes)."""
         return self.net(x)
 
     def answer(self, x: Tensor) -> Tensor:
-        """S(x): the class with the highest score, (n,) int64."""
+        """S(x): the class with the highest score, (n,) int64, or (n, heads)."""
         with evaluating(self):
-            return self(x).argmax(dim=1)
+            return self(x).argmax(dim=-1)
 
     def answer_softly(self, x: Tensor, temperature: float) -> Tensor:
-        """softmax(scores / temperature): class probabilities (n, classes); a higher temperature evens them out."""
+        """softmax(scores / temperature): class probabilities, like the scores; a higher temperature evens them out."""
         with evaluating(self):
-            return (self(x) / temperature).softmax(dim=1)
+            return (self(x) / temperature).softmax(dim=-1)
 
     def update(self, loss: Callable[..., Tensor], current: Pairs, replayed: Pairs | None) -> dict[str, Tensor]:
         """Take one step down the gradient of loss(current, replayed), equation 1. Returns {"loss": value}, detached."""
@@ -142,15 +174,15 @@ class Scholar(nn.Module):
 class Targets:
     """y' of equation 1: the labels of replayed images.
 
-    kind: "true" (the stored label), "hard" (the old solver's class) or "soft" (its class probabilities at this
-    temperature; Hinton et al. 2015, arXiv 1503.02531).
+    kind: "true" (the stored label), "hard" (the old solver's class), "soft" (its class probabilities at this
+    temperature; Hinton et al. 2015, arXiv 1503.02531) or "own" (the class that a conditional generator drew).
     """
 
     kind: str
     temperature: float = 1.0
 
     def answers(self, old_solver: Solver, x: Tensor) -> Tensor:
-        """The old solver's answers to x: (n,) int64, or (n, classes) float if soft."""
+        """The old solver's answers to x, of all its heads: (n,) int64, or (n, classes) float if soft (see `Pairs`)."""
         return old_solver.answer_softly(x, self.temperature) if self.kind == "soft" else old_solver.answer(x)
 
 
@@ -162,7 +194,9 @@ class ReplayMode(nn.Module):
 
     target_kinds: tuple[str, ...] = ("hard", "soft")  # the kinds of y' it supports; the first one is the default
     needs_generator = False  # whether it draws from the old generator, which then has to be trained
+    from_scratch = False  # whether the new scholar starts from fresh weights
     block = 64  # pairs that a model draws at once; the task loop sets it to what suits the device
+    current: Source  # D_i, which the task loop sets
 
     def __init__(self, old_scholar: Scholar, old_tasks: Sequence[Source], targets: Targets):
         super().__init__()
@@ -203,6 +237,30 @@ class ExactReplay(ReplayMode):
         return torch.cat(xs), torch.cat(ys)
 
 
+class Joint(ExactReplay):
+    """All tasks so far at once, from scratch: the upper bound. With r = 1/i, equation 1 is their mean loss."""
+
+    target_kinds = ("true",)
+    from_scratch = True
+
+
+class LwF(ReplayMode):
+    """Learning without forgetting: the current task's inputs, answered by the old solver (Li and Hoiem 2016).
+
+    No old input is seen, real or generated (arXiv 1606.09282; section 4.2 of the paper). It is meant for a head per
+    task; the old heads then learn the old solver's answers.
+    """
+
+    target_kinds = ("soft", "hard")
+
+    def sample(self, n: int) -> Pairs:
+        x = self.current.inputs(n)
+        return x, self.targets.answers(self.old_scholar.solver, x)
+
+    def inputs(self, n: int) -> Tensor:
+        return self.current.inputs(n)
+
+
 class ModelReplay(ReplayMode):
     """Replay without old data: inputs that a model draws, answered by the old solver.
 
@@ -219,6 +277,11 @@ class ModelReplay(ReplayMode):
         """n fresh inputs x', in random order: they are used in the order drawn."""
         raise NotImplementedError
 
+    def draw_pairs(self, n: int) -> Pairs:
+        """n fresh pairs (x', y')."""
+        x = self.draw(n)
+        return x, self.targets.answers(self.old_scholar.solver, x)
+
     def sample(self, n: int) -> Pairs:
         """The next n replayed pairs (x', y')."""
         return self._next("pairs", n)
@@ -230,8 +293,8 @@ class ModelReplay(ReplayMode):
     def _next(self, kind: str, n: int) -> tuple[Tensor, ...]:
         drawn = self._drawn.get(kind, ())
         if not drawn or len(drawn[0]) < n:
-            x = self.draw(max(self.block, n))
-            fresh = (x, self.targets.answers(self.old_scholar.solver, x)) if kind == "pairs" else (x,)
+            size = max(self.block, n)
+            fresh = self.draw_pairs(size) if kind == "pairs" else (self.draw(size),)
             drawn = tuple(map(torch.cat, zip(drawn, fresh, strict=True))) if drawn else fresh
         self._drawn[kind] = tuple(part[n:] for part in drawn)
         return tuple(part[:n] for part in drawn)
@@ -247,10 +310,14 @@ class ModelReplay(ReplayMode):
 class GenerativeReplay(ModelReplay):
     """Inputs from the old generator, answered by the old solver: the method."""
 
+    target_kinds = ("hard", "soft", "own")
     needs_generator = True
 
     def draw(self, n: int) -> Tensor:
         return self.old_scholar.generator.sample(n)
+
+    def draw_pairs(self, n: int) -> Pairs:
+        return self.old_scholar.generator.sample_pairs(n) if self.targets.kind == "own" else super().draw_pairs(n)
 
 
 class NoiseReplay(ModelReplay):
@@ -277,7 +344,85 @@ REPLAY_MODES: dict[str, type[ReplayMode] | None] = {
     "exact-replay": ExactReplay,
     "generative-replay": GenerativeReplay,
     "noise-replay": NoiseReplay,
+    "lwf": LwF,
+    "joint": Joint,
 }
+
+
+@dataclass(frozen=True)
+class OwnHead:
+    """The data of a task whose labels only its own output layer has to give.
+
+    head: the task's, from 0. heads: of the tasks so far, or of the old tasks for replay.
+    """
+
+    source: Source
+    head: int
+    heads: int
+
+    def sample(self, n: int) -> Pairs:
+        """n pairs, y (n, heads): the label for this head, NO_TARGET for the others."""
+        x, y = self.source.sample(n)
+        targets = y.new_full((len(y), self.heads), NO_TARGET)
+        targets[:, self.head] = y
+        return x, targets
+
+    def inputs(self, n: int) -> Tensor:
+        return self.source.inputs(n)
+
+
+class EWC(nn.Module):
+    """Elastic weight consolidation: weights that mattered to old tasks stay near where they were.
+
+    Added to the solver's loss: weight / 2 * sum_t sum_k F_tk (theta_k - theta*_tk)^2, over old tasks t and parameters k
+    (Kirkpatrick et al. 2017, arXiv 1612.00796, equation 3). theta*_t is what the solver was after task t, and F_t the
+    diagonal of its Fisher information: E[(d log p(y|x) / d theta_k)^2], x of task t, y ~ p(y|x) drawn by the solver.
+    """
+
+    images = 500  # for each Fisher information, one at a time
+
+    def __init__(self, weight: float):
+        super().__init__()
+        self.register_buffer("weight", torch.tensor(weight), persistent=False)
+        self.anchors: list[dict[str, Pairs]] = []  # for each old task: F and theta* by parameter
+
+    def forward(self, solver: Solver) -> Tensor:
+        """The penalty, a scalar: 0 before the first task has been learned."""
+        parameters = dict(solver.named_parameters())
+        terms = [
+            (fisher * (parameters[name] - anchor).square()).sum()
+            for anchors in self.anchors
+            for name, (fisher, anchor) in anchors.items()
+        ]
+        return self.weight / 2 * sum(terms, torch.zeros_like(self.weight))
+
+    def remember(self, solver: Solver, task: Source) -> None:
+        """Keep the solver's parameters and their Fisher information on a task just learned."""
+        parameters = {name: value for name, value in solver.named_parameters() if value.requires_grad}
+        fisher = {name: torch.zeros_like(value) for name, value in parameters.items()}
+        training = solver.training
+        solver.eval()  # one image at a time: its statistics are no batch's
+        for x in task.inputs(self.images).split(1):
+            scores = solver(x)
+            scores = (scores[:, -1] if scores.dim() == 3 else scores).log_softmax(dim=1)  # the task's own head
+            y = torch.multinomial(scores.detach().exp(), 1)
+            gradients = torch.autograd.grad(scores.gather(1, y).sum(), list(parameters.values()), allow_unused=True)
+            for name, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    fisher[name] += gradient.detach().square() / self.images
+        solver.train(training)
+        self.anchors.append({name: (fisher[name], value.detach().clone()) for name, value in parameters.items()})
+
+    def get_extra_state(self) -> list[dict[str, Pairs]]:
+        return self.anchors
+
+    def set_extra_state(self, state: list[dict[str, Pairs]]) -> None:
+        device = self.weight.device  # the state may come from another one
+        self.anchors = [{name: (f.to(device), a.to(device)) for name, (f, a) in old.items()} for old in state]
+
+
+# To add a penalty, write a class like this and add a line here.
+PENALTIES: dict[str, Callable[[float], EWC] | None] = {"none": None, "ewc": EWC}
 
 
 def importance_of_new_task(setting: float | str, task: int) -> float:
@@ -297,34 +442,61 @@ def mixed_inputs(current: Source, replay: Source | None, r: float, n: int) -> Te
     """
     if replay is None or r == 1:
         return current.inputs(n)
-    # Counted on the CPU: every batch would wait for a count that is on the GPU.
-    k = int((torch.rand(n, device="cpu") < r).sum())
+    k = number_of_current(r, n)
     return torch.cat([current.inputs(k), replay.inputs(n - k)])
+
+
+def mixed_pairs(current: Source, replay: Source | None, r: float, n: int) -> Pairs:
+    """`mixed_inputs` for a conditional generator: inputs and their classes (n,), the most probable ones if soft."""
+    if replay is None or r == 1:
+        return current.sample(n)
+    k = number_of_current(r, n)
+    (x, y), (x_replayed, y_replayed) = current.sample(k), replay.sample(n - k)
+    y_replayed = y_replayed.argmax(dim=1) if y_replayed.is_floating_point() else y_replayed
+    return torch.cat([x, x_replayed]), torch.cat([y, y_replayed])
+
+
+def number_of_current(r: float, n: int) -> int:
+    """How many of n inputs are current, if each is with probability r."""
+    # Counted on the CPU: every batch would wait for a count that is on the GPU.
+    return int((torch.rand(n, device="cpu") < r).sum())
 
 
 def loss(scores: Tensor, y: Tensor, temperature: float = 1.0) -> Tensor:
     """The mean cross-entropy of scores (n, classes) with classes y (n,), or with probabilities y (n, classes).
 
     Scores are divided by the temperature at which probabilities were taken; its square restores the gradient's size
-    (Hinton et al. 2015, section 2).
+    (Hinton et al. 2015, section 2). With a head per task, scores (n, heads, classes) are those of at least the heads
+    that y has targets for, and the mean is over all targets.
     """
+    if scores.dim() == 3:
+        scores, y = scores[:, : y.shape[1]].flatten(0, 1), y.flatten(0, 1)
     if y.is_floating_point():
         return temperature**2 * F.cross_entropy(scores / temperature, y)
-    return F.cross_entropy(scores, y)
+    return F.cross_entropy(scores, y, ignore_index=NO_TARGET)
 
 
-def solver_loss(solver: Solver, current: Pairs, replayed: Pairs | None, r: float, temperature: float = 1.0) -> Tensor:
+def solver_loss(
+    solver: Solver,
+    current: Pairs,
+    replayed: Pairs | None,
+    r: float,
+    temperature: float = 1.0,
+    penalty: Callable[[Solver], Tensor] | None = None,
+) -> Tensor:
     """Equation 1: r * E_{D_i}[loss(S_i(x), y)] + (1 - r) * E_{G_{i-1}}[loss(S_i(x'), y')], y' = S_{i-1}(x').
 
-    `Targets` says what y' is. Without replay the loss is E_{D_i}[loss(S_i(x), y)].
+    `Targets` says what y' is. Without replay the loss is E_{D_i}[loss(S_i(x), y)]. A penalty is added to it.
     """
     x, y = current
     if replayed is None:
-        return loss(solver(x), y, temperature)
-    x_replayed, y_replayed = replayed
-    # One forward pass for both: in two, batch normalisation would normalise each kind separately.
-    scores, scores_replayed = solver(torch.cat([x, x_replayed])).split([len(y), len(y_replayed)])
-    return r * loss(scores, y, temperature) + (1 - r) * loss(scores_replayed, y_replayed, temperature)
+        value = loss(solver(x), y, temperature)
+    else:
+        x_replayed, y_replayed = replayed
+        # One forward pass for both: in two, batch normalisation would normalise each kind separately.
+        scores, scores_replayed = solver(torch.cat([x, x_replayed])).split([len(y), len(y_replayed)])
+        value = r * loss(scores, y, temperature) + (1 - r) * loss(scores_replayed, y_replayed, temperature)
+    return value if penalty is None else value + penalty(solver)
 
 
 def learn_generator(
@@ -332,8 +504,9 @@ def learn_generator(
 ) -> Iterator[dict[str, Tensor]]:
     """Train G on the inputs of all tasks so far. Yields the losses of each iteration by name."""
     generator.train()
+    mixed = mixed_pairs if generator.classes else mixed_inputs
     for _ in range(iterations):
-        yield generator.update(lambda: mixed_inputs(current, replay, r, batch_size))
+        yield generator.update(lambda: mixed(current, replay, r, batch_size))
 
 
 def learn_solver(
@@ -345,10 +518,11 @@ def learn_solver(
     iterations: int,
     batch_size: int,
     temperature: float = 1.0,
+    penalty: Callable[[Solver], Tensor] | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Train S on the answers of all tasks so far. Yields the loss of each iteration by name."""
     solver.train()
-    equation_1 = partial(solver_loss, solver, r=r, temperature=temperature)
+    equation_1 = partial(solver_loss, solver, r=r, temperature=temperature, penalty=penalty)
     for _ in range(iterations):
         pairs = current.sample(batch_size)
         yield solver.update(equation_1, pairs, None if replay is None else replay.sample(batch_size))

@@ -37,16 +37,20 @@ BEST = NARROW | {"lr": 5e-4, "lr_schedule": "linear"}
 BEST_CHAIN = {"generator_c_updates_per_g_update": 2, "generator_iterations": 14000, "solver_iterations": 6000}
 QUICK = NARROW | {"lr": 1e-3, "lr_schedule": "linear", "batch_size": 64, "mnist_permutation_number": 3}
 QUICK |= {"generator_z_size": 32, "generator_iterations": 400, "solver_iterations": 300}
+QUICK_SVHN = QUICK | {"generator_iterations": 600, "solver_iterations": 900}
 VAE = SOFT | {"generator": "vae", "solver": "mlp", "lr": 1e-3, "batch_size": 128}
 VAE_CHAIN = {"solver": "cnn", "solver_channel_size": 128, "solver_iterations": 5000, "temperature": 4.0}
 # The defaults that each recipe sets: for the experiments named, and ("") for all others.
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "2017": {"": {}},
     "best": {"": BEST, "permutated-mnist": VAE, "mnist-svhn": NARROW, "svhn-mnist": NARROW},
-    "quick": {"": QUICK, "svhn-mnist": QUICK | {"generator_iterations": 600, "solver_iterations": 900}},
+    "quick": {"": QUICK, "svhn-mnist": QUICK_SVHN, "split-svhn": QUICK_SVHN},
     "vae": {"": VAE, "split-mnist": VAE | {"solver_iterations": 500, "temperature": 4.0}},
 }
 RECIPES["best"]["mnist-chain"], RECIPES["vae"]["mnist-chain"] = BEST | BEST_CHAIN, VAE | VAE_CHAIN
+
+
+IN_NAMES = {"heads": "task-heads", "generator_conditional": "conditional"}  # of runs with these options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +75,9 @@ class Options(
         parts = [self.experiment, self.replay_mode, f"r{r if isinstance(r, str) else format(r, 'g')}"]
         parts += [self.recipe] if self.recipe != Options.recipe else []
         changed = self.changed()
-        return "-".join(parts + [changed[key] for key in ("replay_targets", "generator", "solver") if key in changed])
+        parts += [changed[key] for key in ("replay_targets", "generator", "solver", "penalty") if key in changed]
+        parts += [words for key, words in IN_NAMES.items() if key in changed]
+        return "-".join(parts)
 
     @property
     def paths(self) -> RunPaths:
@@ -89,8 +95,12 @@ class Options(
         default["replay_targets"], _ = targets_and_temperature(mode, None, None, recipe)
         _, default["temperature"] = targets_and_temperature(mode, self.replay_targets, None, recipe)
         apart = {"experiment", "tasks", "replay_mode", "seed", "importance_of_new_task" if self.chain else ""}
+        if self.penalty == "none":
+            apart.add("penalty_weight")
         if mode is None:
             apart |= {"replay_targets", "temperature", "importance_of_new_task"}
+        elif mode is dgr.Joint:
+            apart.add("importance_of_new_task")
         elif mode.needs_generator:
             apart.add("sample_log")
         keys = [f.name for f in fields(self) if f.metadata.get("changes") and f.name not in apart]
@@ -163,8 +173,18 @@ def check_replay(parser: utils.Parser, options: argparse.Namespace, recipe: dict
     if targets and (mode is None or targets not in mode.target_kinds):
         can = f"has {' or '.join(mode.target_kinds)} targets" if mode else "replays nothing"
         parser.error(f"argument --replay-targets: {targets} does not go with {options.replay_mode}, which {can}")
-    if mode is None and options.chain:
-        parser.error(f"argument --replay-mode: {options.experiment} learns from replay alone, and none has no replay")
+    if options.chain and (mode is None or mode in (dgr.LwF, dgr.Joint)):
+        parser.error(f"argument --replay-mode: {options.experiment} learns from the last scholar's replay alone")
+    if mode is dgr.Joint:
+        options.importance_of_new_task = "auto"
+    conditional, several = options.generator_conditional, options.heads == "task"
+    if targets == "own" and not conditional:
+        parser.error("argument --replay-targets: own needs --generator-conditional")
+    if several and (conditional or options.chain):
+        other = "--generator-conditional" if conditional else f"--experiment={options.experiment}"
+        parser.error(f"argument --heads: task does not go with {other}")
+    if options.penalty != "none" and options.chain:
+        parser.error("argument --penalty: scholars of a chain start from scratch, so there is nothing to keep")
     given = options.temperature
     options.replay_targets, options.temperature = targets_and_temperature(mode, targets, given, recipe)
     if given is not None and options.replay_targets != "soft":
@@ -235,7 +255,8 @@ def plain(options: Options) -> dict[str, Any]:
 
 def train_scholar(options: Options, tasks: list[data.Task], library: data.Library) -> None:
     paths, device = options.paths, library.device
-    shape = {"image_channels": tasks[0].train.images.shape[1], "classes": data.number_of_classes(tasks)}
+    channels, classes = tasks[0].train.images.shape[1], data.number_of_classes(tasks)
+    shape = {"image_channels": channels, "classes": classes, "tasks": len(tasks)}
     dtype = models.choose_dtype(options.dtype, device)
     config = describe_run(options, tasks, library, dtype)
     start = read_state(paths, config) if options.resume else None
@@ -272,12 +293,9 @@ def train_scholar(options: Options, tasks: list[data.Task], library: data.Librar
                     training.load_state_dict(start["training"])
                 done = ", ".join(f"{phase} {count}" for phase, count in training.done.items())
                 print(f"{options.name} continues at task {training.task}; iterations done: {done}")
-            matrix = training.run()
+            measures = training.run()
         summary = files.write_summary(
-            **{key: config[key] for key in ("experiment", "replay_mode", "recipe", "seed")},
-            precision=matrix,
-            average_precision=train.average_precision(matrix),
-            forgetting=train.forgetting(matrix),
+            **{key: config[key] for key in ("experiment", "replay_mode", "recipe", "seed")}, **measures
         )
     finally:
         for observer in observers:
@@ -379,7 +397,8 @@ def run_test(options: Options) -> None:
         raise UserError(f"{path}: the generator was never trained: {options.replay_mode} needs --sample-log for that")
     device = models.choose_device(gpus=not options.no_gpus)
     dtype = models.choose_dtype(options.dtype, device)
-    scholar = models.make_scholar(checkpoint["image_channels"], checkpoint["classes"], options, compute_dtype=dtype)
+    shape = {key: checkpoint[key] for key in ("image_channels", "classes", "tasks")}
+    scholar = models.make_scholar(**shape, options=options, compute_dtype=dtype)
     with utils.reading(path, f"{path} does not fit the flags"):
         scholar.load_state_dict(checkpoint["scholar"])
     scholar.to(device)

@@ -8,7 +8,7 @@ import copy
 import gc
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from utils import UserError, option
 IMAGE_SIZE = 32
 
 
+HEADS = ("one", "task")
 DTYPES = "number format of the networks; auto: bfloat16 where it is faster (GPUs, CPUs with AMX, AMD with AVX512-BF16)"
 
 
@@ -41,6 +42,7 @@ class ScholarOptions:
         low=1,
     )
     generator_c_updates_per_g_update: int = option(5, "critic updates per generator update (wgan)", low=1)
+    generator_conditional: bool = option(False, "tell the generator the class of each image", "networks")
     solver: str = option("cnn", "convolutional or linear layers", "networks", choices=lambda: SOLVERS, group="solver")
     solver_depth: int = option(5, "number of convolutions and the linear layer (cnn)", "networks", low=2, high=32)
     solver_reducing_layers: int = option(
@@ -52,6 +54,12 @@ class ScholarOptions:
         "networks",
         low=1,
     )
+    heads: str = option(
+        "one",
+        "output layers: one for all classes, or one per task, which then has to be known",
+        "networks",
+        choices=HEADS,
+    )
     lr: float = option(1e-4, "learning rate", low=0, above=True, group="optimiser (Adam, for all networks)")
     beta1: float = option(0.5, "decay rate of the gradient's mean", low=0, high=1, below=True)
     beta2: float = option(0.9, "decay rate of the squared gradient's mean", low=0, high=1, below=True)
@@ -59,6 +67,7 @@ class ScholarOptions:
     dtype: str = option("auto", DTYPES, choices=("auto", "float32", "tf32", "bfloat16"), group="device")
     cuda_graphs: bool = option(False, "launch each update as one CUDA graph (needs a constant learning rate)", None)
     no_gpus: bool = option(False, "use the CPU even if there is a GPU", None)
+    number_of_heads: int = 0  # of --heads=task: the number of tasks
 
     def optimiser(self, *networks: nn.Module) -> torch.optim.Adam:
         """Adam over all parameters of these networks."""
@@ -209,6 +218,29 @@ def linear_layers(inputs: int, width: int, outputs: int) -> list[nn.Module]:
     return [*hidden, nn.Linear(width, outputs)]
 
 
+class Heads(nn.ModuleList):
+    """An output layer per task: features (n, features) to scores (n, heads, classes) of the tasks so far."""
+
+    def __init__(self, layer: nn.Linear, number: int):
+        super().__init__([layer, *(nn.Linear(layer.in_features, layer.out_features) for _ in range(number - 1))])
+        self.in_use = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([head(x) for head in list(self)[: self.in_use]], dim=1)
+
+    def begin_task(self, task: int, *, replays: bool) -> None:
+        """Use one more head. An old one learns only from replay: Adam would move it even without a gradient."""
+        self.in_use = task
+        for number, head in enumerate(self, start=1):
+            head.requires_grad_(number == task or (replays and number < task))
+
+    def get_extra_state(self) -> int:
+        return self.in_use
+
+    def set_extra_state(self, state: int) -> None:
+        self.in_use = state
+
+
 def generator_network(*, z_size: int, channel_size: int, image_channels: int) -> Network:
     """The WGAN's generator: from noise (n, z_size), standard normal, to images.
 
@@ -233,8 +265,8 @@ def generator_network(*, z_size: int, channel_size: int, image_channels: int) ->
     )
 
 
-def critic_network(*, channel_size: int, image_channels: int) -> Network:
-    """The WGAN's critic: from images to scores (n, 1). No batch normalisation: a score depends on its image alone."""
+def critic_network(*, channel_size: int, image_channels: int, scores: int = 1) -> Network:
+    """The WGAN's critic: from images to scores (n, scores). No batch normalisation: each depends on its image alone."""
     c = channel_size
 
     def downsample(channels_in: int, channels_out: int) -> list[nn.Module]:
@@ -246,7 +278,7 @@ def critic_network(*, channel_size: int, image_channels: int) -> Network:
         *downsample(2 * c, 4 * c),  # (n, 4c, 4, 4)
         *downsample(4 * c, 8 * c),  # (n, 8c, 2, 2)
         nn.Flatten(),
-        nn.Linear(8 * c * 2 * 2, 1),
+        nn.Linear(8 * c * 2 * 2, scores),
     )
 
 
@@ -255,37 +287,51 @@ class WGAN(dgr.Generator):
 
     captured = ("critic_step", "generator_step")  # methods that --cuda-graphs records
 
-    def __init__(self, image_channels: int, options: ScholarOptions):
+    def __init__(self, image_channels: int, classes: int, options: ScholarOptions):
+        """A conditional critic has a score per class: D(x, y) is linear in features of x (Miyato and Koyama 2018)."""
         c, z_size = options.generator_g_channel_size, options.generator_z_size
-        super().__init__(generator_network(z_size=z_size, channel_size=c, image_channels=image_channels), z_size)
-        self.critic = critic_network(channel_size=options.generator_c_channel_size, image_channels=image_channels)
+        told = classes if options.generator_conditional else 0
+        net = generator_network(z_size=z_size + told, channel_size=c, image_channels=image_channels)
+        super().__init__(net, z_size, told)
+        c = options.generator_c_channel_size
+        self.critic = critic_network(channel_size=c, image_channels=image_channels, scores=told or 1)
         self.critic_updates = options.generator_c_updates_per_g_update
         self.penalty_weight = options.generator_lambda
         self.optimiser = options.optimiser(self.net)
         self.critic_optimiser = options.optimiser(self.critic)
 
-    def update(self, inputs: Callable[[], Tensor]) -> dict[str, Tensor]:
+    def update(self, inputs: Callable[[], Any]) -> dict[str, Tensor]:
         """`critic_updates` steps of the critic, each on a fresh batch of inputs, then one of the generator."""
         for _ in range(self.critic_updates):
-            real = inputs()
-            losses = self.critic_step(real)
+            real, *y = inputs() if self.classes else (inputs(),)
+            losses = self.critic_step(real, *y)
         return losses | self.generator_step(len(real))
 
-    def critic_step(self, real: Tensor) -> dict[str, Tensor]:
-        """Lines 4 to 9 of the algorithm, for real images (n, channels, 32, 32)."""
+    def critic_step(self, real: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        """Lines 4 to 9 of the algorithm, for real images (n, channels, 32, 32), and their classes if conditional."""
         self.critic.requires_grad_(True)
+        if y is not None:
+            self.seen[y] = 1
         with torch.no_grad():
-            fake = self.net(self.noise(len(real)))
-        loss, distance = gan.critic_loss(self.critic, real, fake, penalty_weight=self.penalty_weight)
+            fake = self.net(self.noise(len(real), y))
+        loss, distance = gan.critic_loss(self._critic_of(y), real, fake, penalty_weight=self.penalty_weight)
         step(self.critic_optimiser, loss)
         return {"critic-loss": loss.detach(), "wasserstein": distance}
 
     def generator_step(self, n: int) -> dict[str, Tensor]:
         """Lines 11 and 12 of the algorithm, for n generated images."""
         self.critic.requires_grad_(False)
-        loss = gan.generator_loss(self.critic, self.net(self.noise(n)))
+        z = self.noise(n)
+        y = z[:, self.z_size :].argmax(dim=1) if self.classes else None
+        loss = gan.generator_loss(self._critic_of(y), self.net(z))
         step(self.optimiser, loss)
         return {"generator-loss": loss.detach()}
+
+    def _critic_of(self, y: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """The critic for images of classes y (n,), or for one such batch after another: scores (n, 1)."""
+        if y is None:
+            return self.critic
+        return lambda x: self.critic(x).gather(1, y.repeat(len(x) // len(y))[:, None])
 
 
 class VAE(dgr.Generator):
@@ -297,22 +343,29 @@ class VAE(dgr.Generator):
 
     captured = ("learn",)
 
-    def __init__(self, image_channels: int, options: ScholarOptions):
+    def __init__(self, image_channels: int, classes: int, options: ScholarOptions):
         pixels, z_size = image_channels * IMAGE_SIZE**2, options.generator_z_size
-        width = 16 * options.generator_g_channel_size
+        width, told = 16 * options.generator_g_channel_size, classes if options.generator_conditional else 0
         to_image = nn.Unflatten(1, (image_channels, IMAGE_SIZE, IMAGE_SIZE))
-        super().__init__(Network(*linear_layers(z_size, width, pixels), Sigmoid(), to_image), z_size)
+        super().__init__(Network(*linear_layers(z_size + told, width, pixels), Sigmoid(), to_image), z_size, told)
         # To the mean and the log variance of z.
-        self.encoder = Network(nn.Flatten(), *linear_layers(pixels, width, 2 * z_size))
+        self.encoder = Network(nn.Flatten(), *linear_layers(pixels + told, width, 2 * z_size))
         self.optimiser = options.optimiser(self.net, self.encoder)
 
-    def update(self, inputs: Callable[[], Tensor]) -> dict[str, Tensor]:
-        return self.learn(inputs())
+    def update(self, inputs: Callable[[], Any]) -> dict[str, Tensor]:
+        return self.learn(*inputs()) if self.classes else self.learn(inputs())
 
-    def learn(self, x: Tensor) -> dict[str, Tensor]:
-        """One step down the negative evidence lower bound of x (n, channels, 32, 32) in nats per image."""
-        mean, log_variance = self.encoder(x).chunk(2, dim=1)
-        z = mean + (log_variance / 2).exp() * self.noise(len(x))
+    def learn(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        """One step down the negative evidence lower bound of x (n, channels, 32, 32) in nats per image.
+
+        A conditional VAE bounds log p(x | y): encoder and decoder are told the classes y (n,).
+        """
+        if y is not None:
+            self.seen[y] = 1
+        mean, log_variance = self.encoder(x if y is None else self.with_classes(x.flatten(1), y)).chunk(2, dim=1)
+        noise = self.noise(len(x), y)
+        z = mean + (log_variance / 2).exp() * noise[:, : self.z_size]
+        z = torch.cat([z, noise[:, self.z_size :]], dim=1) if self.classes else z
         # Noise replay's x may lie outside [0, 1]; diverged weights give NaN, which the task loop reports.
         p = self.net(z).nan_to_num(0.5)
         reconstruction = F.binary_cross_entropy(p, x.clamp(0, 1), reduction="sum") / len(x)
@@ -322,20 +375,27 @@ class VAE(dgr.Generator):
 
 
 # To add a generator, write a class like these and add a line here: it becomes a choice of --generator.
-GENERATORS: dict[str, Callable[[int, ScholarOptions], dgr.Generator]] = {"wgan": WGAN, "vae": VAE}
+GENERATORS: dict[str, Callable[[int, int, ScholarOptions], dgr.Generator]] = {"wgan": WGAN, "vae": VAE}
 
 
 Loss = Callable[[dgr.Pairs, dgr.Pairs | None], Tensor]  # of current and replayed pairs
 
 
 class Classifier(dgr.Solver):
-    """A network that learns its answers with Adam."""
+    """A network that learns its answers with Adam. The last layer of a net is linear; it becomes one per head."""
 
     captured = ("learn",)
 
     def __init__(self, net: nn.Module, options: ScholarOptions):
+        if options.number_of_heads:
+            net[-1] = Heads(net[-1], options.number_of_heads)
         super().__init__(net)
         self.optimiser = options.optimiser(self.net)
+
+    def begin_task(self, task: int, *, replays: bool) -> None:
+        for layer in self.net.modules():
+            if isinstance(layer, Heads):
+                layer.begin_task(task, replays=replays)
 
     def update(self, loss: Loss, current: dgr.Pairs, replayed: dgr.Pairs | None) -> dict[str, Tensor]:
         return self.learn(loss, *current, *(replayed or ()))
@@ -382,10 +442,16 @@ SOLVERS: dict[str, Callable[[int, int, ScholarOptions], dgr.Solver]] = {"cnn": C
 
 
 def make_scholar(
-    image_channels: int, classes: int, options: ScholarOptions, *, compute_dtype: torch.dtype | None = None
+    image_channels: int,
+    classes: int,
+    options: ScholarOptions,
+    *,
+    tasks: int = 1,
+    compute_dtype: torch.dtype | None = None,
 ) -> dgr.Scholar:
-    """A scholar that has learned nothing yet, on the CPU; compute_dtype: see `Network`."""
-    generator = GENERATORS[options.generator](image_channels, options)
+    """A scholar that has learned nothing yet, on the CPU; tasks: for --heads=task; compute_dtype: see `Network`."""
+    options = replace(options, number_of_heads=tasks if options.heads == "task" else 0)
+    generator = GENERATORS[options.generator](image_channels, classes, options)
     scholar = dgr.Scholar(generator, SOLVERS[options.solver](image_channels, classes, options))
     for module in scholar.modules():
         if isinstance(module, Network):

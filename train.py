@@ -5,6 +5,7 @@ save the scholar. Observers (`utils.Observer`) hear what happens: the files of t
 that continues from its `state_dict` ends as the run that was never stopped. How to learn is in `dgr.py`.
 """
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,8 @@ def importance(text: str) -> float | str:
 
 TARGETS = (
     "labels of replayed images: true labels (exact replay only), the old solver's class (hard) or its probabilities "
-    "(soft) (default: true for exact-replay, else hard; recipes other than 2017: soft for hard)"
+    "(soft), a conditional generator's own class (own) (default: true for exact-replay and joint, soft for lwf, else "
+    "hard; recipes other than 2017: soft for hard)"
 )
 
 
@@ -36,11 +38,13 @@ class TrainingOptions:
     replay_mode: str = option(
         "generative-replay", "how earlier tasks are replayed", choices=lambda: dgr.REPLAY_MODES, group="replay"
     )
-    replay_targets: str | None = option(None, TARGETS, choices=("true", "hard", "soft"))
+    replay_targets: str | None = option(None, TARGETS, choices=("true", "hard", "soft", "own"))
     temperature: float | None = option(None, "softmax temperature of soft targets (default: 2)", low=0.01, high=1000)
     importance_of_new_task: float | str = option(
-        0.3, "r of equation 1, or auto: 1/i at task i", parse=importance, metavar="R"
+        0.3, "r of equation 1, or auto: 1/i at task i (always so in joint)", parse=importance, metavar="R"
     )
+    penalty: str = option("none", "on the solver's weights, with any replay mode", choices=lambda: dgr.PENALTIES)
+    penalty_weight: float = option(1000.0, "lambda of the penalty (ewc)", low=0)
     generator_iterations: int = option(3000, "generator updates per task", low=1, group="training")
     solver_iterations: int = option(1000, "solver updates per task", low=1)
     batch_size: int = option(32, "images per batch; the solver gets as many replayed ones on top", low=1)
@@ -58,6 +62,7 @@ class TrainingOptions:
     loss_log_interval: int = option(30, "iterations between logged losses", None, low=1)
     checkpoint_interval: float = option(300.0, "seconds between saves of the state, besides after phases", None, low=0)
     chain: bool = False  # see `data.Experiment`
+    heads: str = "one"  # see `models.ScholarOptions`
 
     @property
     def targets(self) -> dgr.Targets:
@@ -69,12 +74,26 @@ class TrainingOptions:
         return self.sample_log or (mode is not None and mode.needs_generator)
 
 
-def precision(solver: dgr.Solver, split: Split, images_at_once: int) -> float:
-    """Test accuracy: the share of a split's images that the solver answers correctly, in [0, 1]."""
+def precision(
+    solver: dgr.Solver, split: Split, images_at_once: int, *, classes: Tensor | None = None, head: int = -1
+) -> float:
+    """Test accuracy: the share of a split's images that the solver answers correctly, in [0, 1].
+
+    classes: the only possible answers (task-incremental precision), in order; None: all. head: the output layer that
+    answers, from 0, if there are several.
+    """
     right = 0
     for start in range(0, len(split), images_at_once):
         x, y = split.batch(slice(start, start + images_at_once))
-        right = right + (solver.answer(x) == y).sum()
+        if classes is None:
+            answer = solver.answer(x)
+            answer = answer[:, head] if answer.dim() == 2 else answer
+        else:
+            with dgr.evaluating(solver):
+                scores = solver(x)
+            scores = scores[:, head] if scores.dim() == 3 else scores
+            answer = classes[scores[:, classes].argmax(dim=1)]
+        right = right + (answer == y).sum()
     return int(right) / len(split)
 
 
@@ -85,6 +104,11 @@ def average_precision(matrix: Matrix) -> float:
     """The mean over all tasks of the precision after the last task; for a chain, the precision of the last scholar."""
     last = [value for value in matrix[-1] if value is not None]
     return sum(last) / len(last)
+
+
+def incremental_average(matrix: Matrix) -> float:
+    """The mean over tasks of the average precision after each (Rebuffi et al. 2017, arXiv 1611.07725)."""
+    return sum(average_precision([row]) for row in matrix) / len(matrix)
 
 
 def forgetting(matrix: Matrix) -> float:
@@ -98,6 +122,28 @@ def forgetting(matrix: Matrix) -> float:
         return max(row[i] for i, row in enumerate(matrix[:-1])) - matrix[-1][-1]
     old = range(len(matrix) - 1)
     return sum(max(row[task] for row in matrix[task:-1]) - matrix[-1][task] for task in old) / len(old)
+
+
+def backward_transfer(matrix: Matrix) -> float | None:
+    """The mean over old tasks of the final precision minus the one just after learning the task.
+
+    None for a single task, and for a chain, whose scholars each learn once (Lopez-Paz and Ranzato 2017, arXiv
+    1706.08840, equation 3).
+    """
+    if len(matrix) == 1 or matrix[-1][0] is None:
+        return None
+    old = range(len(matrix) - 1)
+    return sum(matrix[-1][task] - matrix[task][task] for task in old) / len(old)
+
+
+def forward_transfer(before: Sequence[float | None], untrained: Sequence[float | None]) -> float | None:
+    """The mean over tasks but the first of the precision just before learning the task minus an untrained solver's.
+
+    None if there is no such task, or if it was not measured: for a chain, and where a task's own output layer is not
+    trained before (Lopez-Paz and Ranzato 2017, equation 4).
+    """
+    gains = [b - u for b, u in zip(before[1:], untrained[1:], strict=True) if b is not None and u is not None]
+    return sum(gains) / len(gains) if gains else None
 
 
 class Training:
@@ -132,28 +178,53 @@ class Training:
         self.task = 1
         self.done = {"generator": 0, "solver": 0}  # iterations of this task
         self.matrix: Matrix = []
+        self.task_incremental: Matrix = []  # the same, with each task's own classes as the only answers
+        self.ahead: dict[str, list[float | None]] = {"before": [None], "untrained": [None] * len(tasks)}  # for transfer
+        penalty = dgr.PENALTIES[options.penalty]
+        self.penalty = penalty and penalty(options.penalty_weight).to(next(self.scholar.parameters()).device)
 
-    def run(self) -> Matrix:
-        """Learn the remaining tasks in order. Returns the precision matrix, measured on whole test sets."""
+    def measures(self) -> dict[str, Any]:
+        """The measures of the run by their names in summary.json, from whole test sets (docs/running.md)."""
+        return {
+            "precision": self.matrix,
+            "average_precision": average_precision(self.matrix),
+            "forgetting": forgetting(self.matrix),
+            "backward_transfer": backward_transfer(self.matrix),
+            "forward_transfer": forward_transfer(self.ahead["before"], self.ahead["untrained"]),
+            "incremental_average": incremental_average(self.matrix),
+            "task_incremental": self.task_incremental,
+        }
+
+    def run(self) -> dict[str, Any]:
+        """Learn the remaining tasks in order. Returns the `measures`."""
+        if self.task == 1 and not any(self.done.values()) and self._looks_ahead:
+            tests = {number: task.test for number, task in enumerate(self.tasks, start=1)}
+            self.ahead["untrained"] = list(self._precisions(tests).values())
         self._save_state()
         self._last_saved = time.monotonic()
         while self.task <= len(self.tasks):
             self._learn_task()
             self.replay, self.done, self.task = None, dict.fromkeys(self.done, 0), self.task + 1
             self.save_state()
-        return self.matrix
+        return self.measures()
+
+    @property
+    def _looks_ahead(self) -> bool:
+        """Whether tasks that are not learned yet can be tested."""
+        return not self.options.chain and self.options.heads == "one"
 
     def _learn_task(self) -> None:
-        options, task = self.options, self.tasks[self.task - 1]
+        options = self.options
         if self.task > 1 and self.replay is None:
             self.replay = self._make_replay()
-            if options.chain:
+            if options.chain or (self.replay is not None and self.replay.from_scratch):
                 self.scholar = self.new_scholar()
         if options.chain and self.replay is not None:
             current, replay, r = self.replay, None, 1.0
         else:
             r = dgr.importance_of_new_task(options.importance_of_new_task, self.task)
-            current, replay = task.train, self.replay
+            current, replay = self._data(self.task, heads=self.task), self.replay
+        self.scholar.solver.begin_task(self.task, replays=replay is not None)
         settings: dict[str, Any] = {"r": r, "batch_size": options.batch_size}
 
         if options.trains_generator:
@@ -163,7 +234,8 @@ class Training:
             for iteration in self._watched("generator", learning, iterations):
                 self._show_samples(iteration, iterations)
 
-        iterations, settings["temperature"] = options.solver_iterations, options.temperature
+        iterations = options.solver_iterations
+        settings |= {"temperature": options.temperature, "penalty": self.penalty if self.task > 1 else None}
         left = iterations - self.done["solver"]
         learning = dgr.learn_solver(self.scholar.solver, current, replay, iterations=left, **settings)
         seen = [self.task] if options.chain else range(1, self.task + 1)
@@ -173,9 +245,15 @@ class Training:
             if at_interval(iteration, options.eval_log_interval, iterations):
                 self._report("solver", iteration, self._precisions(subsets))
 
-        row = self._precisions(tests)
-        self.matrix.append([row.get(f"precision-{number}") for number in range(1, len(self.tasks) + 1)])
+        row, task_known = self._precisions(tests), self._precisions(tests, task_known=True)
+        for matrix, values in ((self.matrix, row), (self.task_incremental, task_known)):
+            matrix.append([values.get(f"precision-{number}") for number in range(1, len(self.tasks) + 1)])
+        if self.task < len(self.tasks):
+            following = {self.task + 1: self.tasks[self.task].test} if self._looks_ahead else {}
+            self.ahead["before"] += list(self._precisions(following).values()) or [None]
         self._report("test", iterations, row)
+        if self.penalty is not None and self.task < len(self.tasks):
+            self.penalty.remember(self.scholar.solver, current)
         self.save_scholar(self.scholar)
 
     def _make_replay(self) -> dgr.ReplayMode | None:
@@ -183,13 +261,24 @@ class Training:
         mode = dgr.REPLAY_MODES[self.options.replay_mode]
         if mode is None:
             return None
-        replay = mode(self.scholar, [old.train for old in self.tasks[: self.task - 1]], self.options.targets)
-        replay.block = self.images_at_once
+        old = range(1, self.task)
+        old_tasks = [self._data(task, heads=len(old)) for task in old]
+        replay = mode(self.scholar, old_tasks, self.options.targets)
+        replay.block, replay.current = self.images_at_once, self.tasks[self.task - 1].train
         return replay
 
-    def _precisions(self, tests: dict[int, Split]) -> dict[str, float]:
-        solver, at_once = self.scholar.solver.remember(), self.images_at_once
-        return {f"precision-{task}": precision(solver, test, at_once) for task, test in tests.items()}
+    def _data(self, task: int, heads: int) -> dgr.Source:
+        """What task 1, 2, ... is learned from; if each task has an output layer, with targets for that one of them."""
+        data = self.tasks[task - 1].train
+        return dgr.OwnHead(data, task - 1, heads) if self.options.heads == "task" else data
+
+    def _precisions(self, tests: dict[int, Split], *, task_known: bool = False) -> dict[str, float]:
+        """Precision on these tests by task. task_known: with the classes of the task as the only answers."""
+        solver, at_once, values = self.scholar.solver.remember(), self.images_at_once, {}
+        for task, test in tests.items():
+            classes = self.tasks[task - 1].train.labels.unique() if task_known else None
+            values[f"precision-{task}"] = precision(solver, test, at_once, classes=classes, head=task - 1)
+        return values
 
     def _watched(self, phase: str, learning: Iterator[dict[str, Tensor]], iterations: int) -> Iterator[int]:
         """Learn, and yield the number of each iteration done. Losses leave the device only when they are reported."""
@@ -262,7 +351,8 @@ class Training:
         return {
             "task": self.task,
             "done": dict(self.done),
-            "matrix": self.matrix,
+            "measured": {"matrix": self.matrix, "task_incremental": self.task_incremental, "ahead": self.ahead},
+            "penalty": None if self.penalty is None else self.penalty.state_dict(),
             "scholar": self.scholar.state_dict(),
             "optimisers": {name: optimiser.state_dict() for name, optimiser in optimisers(self.scholar).items()},
             "replay": None if self.replay is None else self.replay.state_dict(),
@@ -272,7 +362,10 @@ class Training:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to where `state_dict` was called."""
-        self.task, self.done, self.matrix = state["task"], dict(state["done"]), [list(row) for row in state["matrix"]]
+        self.task, self.done = state["task"], dict(state["done"])
+        vars(self).update(copy.deepcopy(state["measured"]))
+        if self.penalty is not None:
+            self.penalty.load_state_dict(state["penalty"])
         if state["replay"] is not None:
             self.replay = self._make_replay()
             self.replay.load_state_dict(state["replay"])

@@ -559,8 +559,8 @@ class Run:
         return {(task, i): found[task, i] for task, i in sorted(found) if task <= tasks and i <= length}
 
 
-MODES = ["none", "noise-replay", "exact-replay", "generative-replay"]
-IN_ORDER = ["mnist-chain", "permutated-mnist", "mnist-svhn", "svhn-mnist", "split-mnist", *MODES]  # of the paper
+MODES = ["none", "noise-replay", "exact-replay", "generative-replay", "lwf", "joint"]
+IN_ORDER = ["mnist-chain", "permutated-mnist", "mnist-svhn", "svhn-mnist", "split-mnist", "split-svhn", *MODES]
 
 
 def find_runs(paths: Sequence[Path]) -> list[Run]:

@@ -56,6 +56,26 @@ def wgan_gp_iteration(net, critic, optimiser, critic_optimiser, inputs, z_size, 
     return {"critic-loss": loss, "wasserstein": distance, "generator-loss": generator_loss}
 
 
+def fisher_information(net, images, classes):
+    """The mean over images of (d log p(y|x) / d theta)^2, y being the class given: one tensor per parameter."""
+    sums = [torch.zeros_like(parameter) for parameter in net.parameters()]
+    for x, y in zip(images, classes, strict=True):
+        net.zero_grad()
+        F.log_softmax(net(x[None])[0], dim=0)[y].backward()
+        for total, parameter in zip(sums, net.parameters(), strict=True):
+            total += parameter.grad**2
+    return [total / len(images) for total in sums]
+
+
+def elastic_penalty(parameters, old_tasks, weight):
+    """lambda / 2 * sum F (theta - theta*)^2 over old tasks and parameters (Kirkpatrick et al. 2017, equation 3)."""
+    total = 0
+    for fisher, anchor in old_tasks:
+        for theta, f, theta_star in zip(parameters, fisher, anchor, strict=True):
+            total = total + (f * (theta - theta_star) ** 2).sum()
+    return weight / 2 * total
+
+
 def equation_1(solver, x, y, x_replayed, y_replayed, r):
     """L = r * E_D[loss(S(x), y)] + (1 - r) * E_G[loss(S(x'), y')] (Shin et al. 2017), pair by pair."""
     scores = solver(torch.cat([x, x_replayed]))  # one forward pass: S may normalise its batch

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 
 import pytest
 import reference
@@ -22,6 +23,12 @@ MODES = [mode for mode in dgr.REPLAY_MODES.values() if mode]
 def generative_replay(scholar: dgr.Scholar, block: int = 512) -> dgr.GenerativeReplay:
     replay = dgr.GenerativeReplay(scholar, [Constant(0.5, 1)], HARD)
     replay.block = block
+    return replay
+
+
+def make_replay(mode, scholar, targets=HARD):
+    replay = mode(scholar, [Constant(0.2, 1), Constant(0.4, 2)], targets)
+    replay.current = Constant(0.25, 2)
     return replay
 
 
@@ -101,13 +108,13 @@ def test_old_scholar_does_not_learn_with_the_new_one():
 # ------------------------------------------------------------------------------------------------ replay modes
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [mode for mode in MODES if "soft" in mode.target_kinds])
 @pytest.mark.parametrize("targets", [HARD, dgr.Targets("soft", 2.0)], ids=lambda targets: targets.kind)
 def test_replayed_targets_are_the_old_solvers_answers_without_a_graph(mode, targets):
     """differences.md, 3 and 10."""
     scholar = small_scholar()
     scholar.solver(torch.rand(16, 1, 32, 32))
-    replay = mode(scholar, [Constant(0.2, 1), Constant(0.4, 2)], targets)
+    replay = make_replay(mode, scholar, targets)
     replay.old_scholar.requires_grad_(True)  # as if it had not been frozen
     for n in (6, 0):
         x, y = replay.sample(n)
@@ -119,7 +126,7 @@ def test_replayed_targets_are_the_old_solvers_answers_without_a_graph(mode, targ
 
 @pytest.mark.parametrize("mode", MODES)
 def test_inputs_for_the_generator_are_the_same_without_asking_for_answers(mode, monkeypatch):
-    replay = mode(small_scholar(), [Constant(0.2, 1), Constant(0.4, 2)], HARD)
+    replay = make_replay(mode, small_scholar())
     torch.manual_seed(3)
     x, _ = replay.sample(6)
     monkeypatch.setattr(dgr.Targets, "answers", None)
@@ -149,6 +156,15 @@ def test_generative_replay_is_the_old_scholars_pairs_and_blocks_change_nothing()
     x_expected, y_expected = (torch.cat(parts)[: len(x)] for parts in zip(*blocks, strict=True))
     torch.testing.assert_close(x, x_expected)
     assert torch.equal(y, y_expected) and len(x.flatten(1).unique(dim=0)) == len(x)
+
+
+def test_lwf_replays_the_current_tasks_inputs_with_the_old_solvers_answers():
+    scholar = small_scholar()
+    replay = dgr.LwF(scholar, [Constant(0.1, 1)], dgr.Targets("soft", 2.0))
+    replay.current = Constant(0.7, 5)
+    x, y = replay.sample(4)
+    assert torch.equal(x, replay.current.inputs(4)) and torch.equal(replay.inputs(4), x)
+    torch.testing.assert_close(y, scholar.solver.answer_softly(x, 2.0))
 
 
 def test_noise_replay_is_gaussian_with_the_statistics_of_the_images():
@@ -304,6 +320,149 @@ def test_no_update_waits_for_a_number():
         with Reads() as reads:
             list(updates)
         assert reads.count == expected * SMALL.generator_c_updates_per_g_update
+
+
+# ---------------------------------------------------------------------------------- an output layer per task, penalty
+
+
+def two_headed(**changes) -> dgr.Solver:
+    """A solver that has learned task 1 of three, and is about to learn task 2."""
+    solver = models.make_scholar(1, 10, replace(SMALL, heads="task", **changes), tasks=3).solver
+    solver.begin_task(2, replays=True)
+    return solver
+
+
+def test_own_head_asks_one_head_alone():
+    x, y = dgr.OwnHead(Constant(0.5, 7), head=1, heads=3).sample(2)
+    assert x.shape == (2, 1, 32, 32) and y.tolist() == [[dgr.NO_TARGET, 7, dgr.NO_TARGET]] * 2
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_replay_teaches_the_old_heads_and_the_current_task_its_own(kind):
+    solver, temperature = two_headed().double(), 2.0 if kind == "soft" else 1.0
+    (x, labels), (x_replayed, _) = pairs(5), pairs(7)
+    y_replayed = torch.randint(10, (7, 1)) if kind == "hard" else torch.rand(7, 1, 10).double().softmax(dim=2)
+    scores = solver(torch.cat([x, x_replayed]))
+    assert scores.shape == (12, 2, 10)
+    old = y_replayed[:, 0]
+    replayed = temperature**2 * nn.functional.cross_entropy(scores[5:, 0] / temperature, old)
+    expected = 0.3 * nn.functional.cross_entropy(scores[:5, 1], labels) + 0.7 * replayed
+    y = torch.stack([torch.full_like(labels, dgr.NO_TARGET), labels], dim=1)
+    loss = dgr.solver_loss(solver, (x, y), (x_replayed, y_replayed), 0.3, temperature)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_hard_and_soft_targets_of_the_same_classes_weigh_the_same():
+    scores, y = torch.randn(6, 10), torch.randint(10, (6,))
+    torch.testing.assert_close(dgr.loss(scores, y), dgr.loss(scores, nn.functional.one_hot(y, 10).float()))
+
+
+@pytest.mark.parametrize("replays", [True, False])
+def test_a_head_that_learns_nothing_stays_as_it_is(replays):
+    """Adam would move it by its weight decay, and by what is left of earlier gradients."""
+    solver, current = two_headed(), dgr.OwnHead(Constant(0.1, 1), 1, 2)
+    old = dgr.OwnHead(Constant(0.9, 2), 0, 1)
+    list(dgr.learn_solver(solver, current, old, r=0.5, iterations=2, batch_size=4))
+    solver.begin_task(2, replays=replays)
+    before = [state(head) for head in solver.net[-1]]
+    list(dgr.learn_solver(solver, current, old if replays else None, r=0.5, iterations=2, batch_size=4))
+    moved = [not torch.equal(head.weight, kept["weight"]) for head, kept in zip(solver.net[-1], before, strict=True)]
+    assert moved == [replays, True, False]
+
+
+def test_old_solver_has_the_heads_learned_so_far_and_a_state_keeps_them():
+    solver, other = two_headed(), two_headed()
+    other.begin_task(3, replays=True)
+    old = solver.remember()
+    assert old.answer(torch.rand(4, 1, 32, 32)).shape == (4, 2)
+    assert old.answer_softly(torch.rand(4, 1, 32, 32), 2.0).sum(dim=2).allclose(torch.ones(4, 2))
+    other.load_state_dict(solver.state_dict())
+    assert other.answer(torch.rand(4, 1, 32, 32)).shape == (4, 2)
+
+
+class Images:
+    """A source of the same images every time."""
+
+    def __init__(self, x: torch.Tensor):
+        self.x = x
+
+    def inputs(self, n: int) -> torch.Tensor:
+        return self.x[torch.arange(n) % len(self.x)]
+
+
+def test_ewc_is_its_equation_with_anchors_that_stay(monkeypatch):
+    solver, ewc, kept = small_scholar().solver.double(), dgr.EWC(50.0), []
+    ewc.images = 6
+    drawn, plain = [], torch.multinomial
+    monkeypatch.setattr(torch, "multinomial", lambda *given: drawn.append(plain(*given)) or drawn[-1])
+    for task in range(2):
+        x, drawn[:] = torch.rand(6, 1, 32, 32, dtype=torch.float64), []
+        ewc.remember(solver, Images(x))
+        classes = torch.cat(drawn).flatten()
+        assert len(classes) == 6 and len(classes.unique()) > 1 and solver.training
+        fisher = reference.fisher_information(solver.net.eval(), x, classes)
+        solver.train()
+        kept.append((fisher, [parameter.detach().clone() for parameter in solver.net.parameters()]))
+        with torch.no_grad():  # learning goes on, in place
+            for parameter in solver.parameters():
+                parameter += 0.01 * (task + 1)
+    expected = reference.elastic_penalty(list(solver.net.parameters()), kept, 50.0)
+    assert expected > 0
+    torch.testing.assert_close(ewc(solver), expected, check_dtype=False)
+    weights = list(solver.parameters())
+    torch.testing.assert_close(torch.autograd.grad(ewc(solver), weights), torch.autograd.grad(expected, weights))
+    again = dgr.EWC(50.0)
+    again.load_state_dict(ewc.state_dict())
+    torch.testing.assert_close(again(solver), ewc(solver))
+
+
+def test_a_penalty_is_added_to_equation_1_whatever_is_replayed():
+    solver, current, replayed = small_scholar().solver.double(), pairs(5), pairs(7)
+    for old in (None, replayed):
+        plain = dgr.solver_loss(solver, current, old, 0.3)
+        with_penalty = dgr.solver_loss(solver, current, old, 0.3, penalty=lambda _solver: torch.tensor(2.5))
+        torch.testing.assert_close(with_penalty, plain + 2.5)
+
+
+# -------------------------------------------------------------------------------------------- conditional generators
+
+CONDITIONAL = {"generator_conditional": True}
+
+
+@pytest.mark.parametrize("kind", ["wgan", "vae"])
+def test_a_conditional_generator_draws_the_classes_seen_equally_often(kind):
+    generator = small_scholar(generator=kind, **CONDITIONAL).generator
+    for label in (2, 7, 7, 7):  # one more often than the other
+        list(dgr.learn_generator(generator, Constant(0.5, label), None, r=1.0, iterations=1, batch_size=4))
+    z = generator.remember().noise(2000)
+    assert z.shape == (2000, 5 + 10) and torch.equal(z[:, 5:].sum(dim=1), torch.ones(2000))
+    counts = z[:, 5:].sum(dim=0)
+    assert counts.nonzero().flatten().tolist() == [2, 7] and abs(counts[2] - 1000) < 112  # five standard deviations
+
+
+def test_own_targets_are_the_classes_that_the_images_were_drawn_for():
+    scholar = small_scholar(**CONDITIONAL)
+    scholar.generator.seen[:] = 1
+    scholar.generator.net = nn.Sequential(nn.Linear(15, 1024, bias=False), nn.Unflatten(1, (1, 32, 32)))
+    with torch.no_grad():
+        scholar.generator.net[0].weight.zero_()
+        scholar.generator.net[0].weight[0, 5:] = torch.arange(10)  # the first pixel shows the class
+    replay = dgr.GenerativeReplay(scholar, [], dgr.Targets("own"))
+    x, y = replay.sample(50)
+    assert torch.equal(x[:, 0, 0, 0].long(), y) and len(y.unique()) > 5
+    grid = scholar.generator.sample(12, torch.zeros(12, 5))
+    assert grid[:, 0, 0, 0].tolist() == [*range(10), 0, 1]
+
+
+def test_mixed_pairs_are_current_with_probability_r_and_classes_even_where_replay_is_soft():
+    class Soft(Constant):
+        def sample(self, n):
+            x, y = super().sample(n)
+            return x, 0.8 * nn.functional.one_hot(y, 10) + 0.02
+
+    x, y = dgr.mixed_pairs(Constant(0.1, 1), Soft(0.9, 2), 0.3, 4000)
+    assert torch.equal(x[:, 0, 0, 0] > 0.5, y == 2)
+    assert (y == 1).float().mean().item() == pytest.approx(0.3, abs=0.037)  # five standard deviations
 
 
 # ----------------------------------------------------------------------------------------------- the modules

@@ -221,7 +221,7 @@ def test_flags_override_full_size(full):
 
 
 def test_a_new_experiment_runs_by_its_name(full, monkeypatch):
-    monkeypatch.setitem(data.EXPERIMENTS, "two-digits", data.Experiment(data.split_mnist))
+    monkeypatch.setitem(data.EXPERIMENTS, "two-digits", data.EXPERIMENTS["split-mnist"])
     assert [job.options.experiment for job in full.make_jobs("two-digits", [4], [])] == ["two-digits"] * 3
 
 

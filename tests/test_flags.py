@@ -77,6 +77,11 @@ import utils
         (["--train", "--tasks", "absent.npz"], ["--tasks", "absent.npz"]),
         (["--train", "--tasks", "mnist", "imagenet"], ["--tasks", "imagenet", "fashion-mnist"]),
         (["--train", "--tasks", "mnist", "--experiment=split-mnist"], ["--experiment", "not allowed with"]),
+        (["--train", "--replay-targets=own"], ["--replay-targets", "--generator-conditional"]),
+        (["--train", "--heads=task", "--generator-conditional"], ["--heads", "--generator-conditional"]),
+        (["--train", "--heads=task", "--experiment=mnist-chain"], ["--heads", "mnist-chain"]),
+        (["--train", "--penalty=ewc", "--experiment=mnist-chain"], ["--penalty", "chain"]),
+        (["--train", "--replay-mode=lwf", "--experiment=mnist-chain"], ["--replay-mode", "mnist-chain"]),
     ],
 )
 def test_bad_usage_is_one_line_and_status_2(flags, words, tmp_path, monkeypatch, capsys):

@@ -107,6 +107,10 @@ def test_same_seed_same_files(trained, tmp_path, small_mnist):
     "flags, name",
     [
         ("--experiment=split-mnist", "split-mnist-generative-replay-r0.3"),
+        ("--replay-mode=joint", "permutated-mnist-joint-rauto"),
+        ("--replay-mode=none --penalty=ewc", "permutated-mnist-none-r1-ewc"),
+        ("--replay-mode=lwf --heads=task", "permutated-mnist-lwf-r0.3-task-heads"),
+        ("--generator-conditional --replay-targets=own", "permutated-mnist-generative-replay-r0.3-own-conditional"),
         ("--experiment=mnist-chain", "mnist-chain-generative-replay-r0"),
         ("--experiment=mnist-svhn", "mnist-svhn-generative-replay-r0.3"),
         ("--experiment=svhn-mnist", "svhn-mnist-generative-replay-r0.3"),

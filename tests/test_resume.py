@@ -109,6 +109,9 @@ def test_resumed_run_is_the_run_that_was_never_stopped(tmp_path, small_mnist, wh
         ["--replay-mode=noise-replay"],
         ["--experiment=mnist-chain", "--lr-schedule=linear"],
         ["--experiment=split-mnist", "--recipe=vae", "--lr-schedule=linear"],
+        ["--replay-mode=lwf", "--heads=task", "--penalty=ewc"],
+        ["--replay-mode=joint"],
+        ["--generator-conditional", "--replay-targets=own", "--heads=one"],
     ],
 )
 def test_every_setting_resumes(tmp_path, small_mnist, monkeypatch, setting):

@@ -1,7 +1,9 @@
 """The task loop: what is learned from what, what is measured, what observers hear, and what a run leaves in files."""
 
+import copy
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from conftest import SMALL, assert_same_state, small_scholar, state
 import data
 import dgr
 import main
+import models
 import train
 import utils
 
@@ -53,7 +56,7 @@ def learn(small_mnist, new_scholar=small_scholar, tasks=2, save_scholar=lambda _
         sample=lambda scholar: scholar.generator.sample(2, noise),
         save_scholar=save_scholar,
     )
-    assert training.run() is training.matrix
+    assert training.run()["precision"] is training.matrix
     return training, recorder
 
 
@@ -84,12 +87,15 @@ def test_precision_counts_right_answers_over_the_whole_split(small_mnist):
 def test_curves_are_measured_on_subsets_of_test_splits_and_the_summary_on_all_of_them(small_mnist, monkeypatch):
     """differences.md, 19."""
     seen = []
-    monkeypatch.setattr(train, "precision", lambda _solver, split, _at_once: seen.append(split) or 0.5)
+    monkeypatch.setattr(train, "precision", lambda _solver, split, _at_once, **_: seen.append(split) or 0.5)
     training, _ = learn(small_mnist, tasks=3, replay_mode="none")
     tests = [task.test for task in training.tasks]
     whole = [split for split in seen if len(split) > 20]
-    assert [id(split) for split in whole] == [id(tests[i]) for i in (0, 0, 1, 0, 1, 2)]
-    assert torch.equal(seen[0].images, tests[0].subset(20).images)
+    untrained, rows = [0, 1, 2], ([0], [0, 1], [0, 1, 2])
+    expected = untrained + rows[0] * 2 + [1] + rows[1] * 2 + [2] + rows[2] * 2  # rows with and without the task known
+    assert [id(split) for split in whole] == [id(tests[i]) for i in expected]
+    (first, *_) = (split for split in seen if len(split) == 20)
+    assert torch.equal(first.images, tests[0].subset(20).images)
 
 
 def test_looking_does_not_change_what_is_learned(small_mnist):
@@ -150,7 +156,96 @@ def test_average_precision_and_forgetting(matrix, average, forgetting):
     assert (train.average_precision(matrix), train.forgetting(matrix)) == pytest.approx((average, forgetting))
 
 
+def test_measures_of_three_tasks_worked_out_by_hand():
+    """docs/running.md has the formulas."""
+    matrix = [[0.9, None, None], [0.92, 0.8, None], [0.5, 0.7, 0.95]]
+    assert train.average_precision(matrix) == pytest.approx((0.5 + 0.7 + 0.95) / 3)
+    assert train.forgetting(matrix) == pytest.approx(((0.92 - 0.5) + (0.8 - 0.7)) / 2)  # the task just learned counts
+    assert train.backward_transfer(matrix) == pytest.approx(((0.5 - 0.9) + (0.7 - 0.8)) / 2)
+    assert train.incremental_average(matrix) == pytest.approx((0.9 + (0.92 + 0.8) / 2 + (0.5 + 0.7 + 0.95) / 3) / 3)
+    assert train.forward_transfer([None, 0.2, 0.3], [0.15, 0.1, 0.05]) == pytest.approx(
+        ((0.2 - 0.1) + (0.3 - 0.05)) / 2
+    )
+
+
+def test_a_wholly_forgotten_task_has_backward_transfer_minus_one():
+    assert train.backward_transfer([[1.0, None], [0.0, 1.0]]) == -1
+
+
+def test_transfer_is_not_measured_where_it_means_nothing(small_mnist):
+    assert train.backward_transfer(CHAIN) is None and train.backward_transfer([[0.9]]) is None
+    assert train.forward_transfer([None], [0.1]) is None
+    training, _ = learn(small_mnist, chain=True)
+    assert training.measures()["forward_transfer"] is None
+
+
+def test_forward_transfer_is_measured_before_a_task_is_learned_and_on_an_untrained_solver(small_mnist, monkeypatch):
+    untrained = small_scholar()
+    scholar = copy.deepcopy(untrained)
+    saved = []
+    training, _ = learn(small_mnist, lambda: scholar, save_scholar=lambda s: saved.append(s.solver.remember()))
+    test = training.tasks[1].test
+    before, at_first = (train.precision(solver, test, 64) for solver in (saved[0], untrained.solver.remember()))
+    assert training.ahead["before"][1] == before and training.ahead["untrained"][1] == at_first
+    assert training.measures()["forward_transfer"] == before - at_first
+
+
+def test_with_the_task_known_no_other_class_can_win():
+    """All scores of the task's own classes are negative; a class masked by a factor would have 0."""
+
+    class Known(dgr.Solver):
+        def forward(self, x):
+            scores = torch.zeros(len(x), 10)
+            scores[:, [2, 3]] = torch.tensor([-5.0, -1.0])
+            return scores
+
+    split = data.Split(torch.zeros(4, 1, 32, 32, dtype=torch.uint8), torch.tensor([2, 3, 3, 3]))
+    assert train.precision(Known(torch.nn.Identity()), split, 3) == 0
+    assert train.precision(Known(torch.nn.Identity()), split, 3, classes=torch.tensor([2, 3])) == 0.75
+
+
+@pytest.mark.parametrize("chain", [False, True])
+def test_task_incremental_precision_has_the_shape_of_the_matrix_and_is_no_lower(small_mnist, monkeypatch, chain):
+    monkeypatch.setitem(globals(), "small_tasks", lambda *_: split_tasks(small_mnist))
+    training, _ = learn(small_mnist, tasks=2, chain=chain)
+    for row, known in zip(training.matrix, training.task_incremental, strict=True):
+        assert [value is None for value in row] == [value is None for value in known]
+        assert all(theirs >= ours for ours, theirs in zip(row, known, strict=True) if ours is not None)
+
+
+def split_tasks(small_mnist) -> list[data.Task]:
+    library = data.Library(small_mnist, torch.device("cpu"), accept_unverified=True)
+    return data.EXPERIMENTS["split-mnist"].make_tasks(library, data.ExperimentOptions(mnist_split_number=2))
+
+
 # ----------------------------------------------------------------------------------------- what is learned from what
+
+
+def test_joint_learns_each_task_from_scratch_with_all_tasks_weighing_the_same(small_mnist, monkeypatch):
+    scholars, seen = [], watch_learning(monkeypatch)
+    settings = {"replay_mode": "joint", "replay_targets": "true", "importance_of_new_task": "auto"}
+    learn(small_mnist, lambda: scholars.append(small_scholar()) or scholars[-1], tasks=3, **settings)
+    assert [network for _, network, *_ in seen] == [scholar.solver for scholar in scholars] and len(scholars) == 3
+    assert [how["r"] for *_, how in seen] == [1, 1 / 2, 1 / 3]
+    assert all(isinstance(replay, dgr.ExactReplay) for _, _, _, replay, _ in seen[1:])
+
+
+@pytest.mark.parametrize("mode", ["lwf", "generative-replay", "exact-replay", "none"])
+def test_with_a_head_per_task_precision_is_that_of_the_tasks_own(small_mnist, monkeypatch, mode):
+    monkeypatch.setitem(globals(), "small_tasks", lambda *_: split_tasks(small_mnist))
+
+    def new_scholar():
+        return models.make_scholar(1, 10, replace(SMALL, heads="task"), tasks=2)
+
+    kinds = {"lwf": ("soft", 2.0), "exact-replay": ("true", 1.0)}
+    targets, temperature = kinds.get(mode, ("hard", 1.0))
+    settings = {"replay_mode": mode, "replay_targets": targets, "temperature": temperature, "heads": "task"}
+    training, _ = learn(small_mnist, new_scholar, **settings)
+    test = training.tasks[0].test
+    x, y = test.batch(slice(None))
+    scores = training.scholar.solver.remember()(x)
+    assert training.matrix[1][0] == pytest.approx((scores[:, 0].argmax(dim=1) == y).float().mean().item())
+    assert training.measures()["forward_transfer"] is None  # the next head has learned nothing yet
 
 
 def test_generator_learns_only_where_it_is_asked_to(small_mnist):
