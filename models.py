@@ -6,6 +6,7 @@ write a class like these and add a line to `GENERATORS` or `SOLVERS`; its option
 
 import copy
 import gc
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,16 +21,16 @@ import dgr
 import gan
 from utils import UserError, option
 
-IMAGE_SIZE = 32
-
-
 DTYPES = "number format of the networks; auto: bfloat16 where it is faster (GPUs, CPUs with AMX, AMD with AVX512-BF16)"
+
+SIZES = "height and width of images in all networks, a multiple of 16 from 16 to 128"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScholarOptions:
     """What a scholar is made of."""
 
+    image_size: int = option(32, SIZES, "networks", choices=range(16, 129, 16), parse=int, metavar="N", group="images")
     generator: str = option("wgan", "WGAN-GP or VAE", "networks", choices=lambda: GENERATORS, group="generator")
     generator_lambda: float = option(10.0, "weight of the gradient penalty (wgan)", low=0)
     generator_z_size: int = option(100, "size of the noise", "networks", low=1)
@@ -209,20 +210,20 @@ def linear_layers(inputs: int, width: int, outputs: int) -> list[nn.Module]:
     return [*hidden, nn.Linear(width, outputs)]
 
 
-def generator_network(*, z_size: int, channel_size: int, image_channels: int) -> Network:
-    """The WGAN's generator: from noise (n, z_size), standard normal, to images.
+def generator_network(*, z_size: int, channel_size: int, image_channels: int, image_size: int = 32) -> Network:
+    """The WGAN's generator: from noise (n, z_size), standard normal, to images. Shapes are those at 32x32.
 
     It may normalise its batch: only the critic's gradient penalty needs independent samples.
     """
-    c = channel_size
+    c, first = channel_size, image_size // 8
 
     def upsample(channels_in: int, channels_out: int) -> list[nn.Module]:
         convolution = nn.ConvTranspose2d(channels_in, channels_out, 4, stride=2, padding=1, bias=False)
         return [convolution, nn.BatchNorm2d(channels_out), nn.ReLU(inplace=True)]
 
     return Network(
-        nn.Linear(z_size, 8 * c * 4 * 4, bias=False),
-        nn.Unflatten(1, (8 * c, 4, 4)),  # (n, 8c, 4, 4)
+        nn.Linear(z_size, 8 * c * first * first, bias=False),
+        nn.Unflatten(1, (8 * c, first, first)),  # (n, 8c, 4, 4)
         nn.BatchNorm2d(8 * c),
         nn.ReLU(inplace=True),
         *upsample(8 * c, 4 * c),  # (n, 4c, 8, 8)
@@ -233,9 +234,9 @@ def generator_network(*, z_size: int, channel_size: int, image_channels: int) ->
     )
 
 
-def critic_network(*, channel_size: int, image_channels: int) -> Network:
+def critic_network(*, channel_size: int, image_channels: int, image_size: int = 32) -> Network:
     """The WGAN's critic: from images to scores (n, 1). No batch normalisation: a score depends on its image alone."""
-    c = channel_size
+    c, last = channel_size, image_size // 16
 
     def downsample(channels_in: int, channels_out: int) -> list[nn.Module]:
         return [Convolution(channels_in, channels_out, 4, stride=2, padding=1), LeakyReLU(0.2)]
@@ -246,7 +247,7 @@ def critic_network(*, channel_size: int, image_channels: int) -> Network:
         *downsample(2 * c, 4 * c),  # (n, 4c, 4, 4)
         *downsample(4 * c, 8 * c),  # (n, 8c, 2, 2)
         nn.Flatten(),
-        nn.Linear(8 * c * 2 * 2, 1),
+        nn.Linear(8 * c * last * last, 1),
     )
 
 
@@ -256,9 +257,10 @@ class WGAN(dgr.Generator):
     captured = ("critic_step", "generator_step")  # methods that --cuda-graphs records
 
     def __init__(self, image_channels: int, options: ScholarOptions):
-        c, z_size = options.generator_g_channel_size, options.generator_z_size
-        super().__init__(generator_network(z_size=z_size, channel_size=c, image_channels=image_channels), z_size)
-        self.critic = critic_network(channel_size=options.generator_c_channel_size, image_channels=image_channels)
+        z_size, shape = options.generator_z_size, {"image_channels": image_channels, "image_size": options.image_size}
+        net = generator_network(z_size=z_size, channel_size=options.generator_g_channel_size, **shape)
+        super().__init__(net, z_size)
+        self.critic = critic_network(channel_size=options.generator_c_channel_size, **shape)
         self.critic_updates = options.generator_c_updates_per_g_update
         self.penalty_weight = options.generator_lambda
         self.optimiser = options.optimiser(self.net)
@@ -298,10 +300,10 @@ class VAE(dgr.Generator):
     captured = ("learn",)
 
     def __init__(self, image_channels: int, options: ScholarOptions):
-        pixels, z_size = image_channels * IMAGE_SIZE**2, options.generator_z_size
+        shape, z_size = (image_channels, options.image_size, options.image_size), options.generator_z_size
+        pixels = math.prod(shape)
         width = 16 * options.generator_g_channel_size
-        to_image = nn.Unflatten(1, (image_channels, IMAGE_SIZE, IMAGE_SIZE))
-        super().__init__(Network(*linear_layers(z_size, width, pixels), Sigmoid(), to_image), z_size)
+        super().__init__(Network(*linear_layers(z_size, width, pixels), Sigmoid(), nn.Unflatten(1, shape)), z_size)
         # To the mean and the log variance of z.
         self.encoder = Network(nn.Flatten(), *linear_layers(pixels, width, 2 * z_size))
         self.optimiser = options.optimiser(self.net, self.encoder)
@@ -356,13 +358,13 @@ class CNN(Classifier):
 
     def __init__(self, image_channels: int, classes: int, options: ScholarOptions):
         layers: list[nn.Module] = []
-        channels, size = image_channels, IMAGE_SIZE
+        channels, size = image_channels, options.image_size
         for remaining in reversed(range(options.solver_depth - 1)):
             width = options.solver_channel_size // 2**remaining
             stride = 2 if remaining < options.solver_reducing_layers else 1
             convolution = Convolution(channels, width, 3, stride=stride, padding=1, bias=False)
             layers += [convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-            channels, size = width, size // stride  # (n, width, size, size)
+            channels, size = width, -(-size // stride)  # (n, width, size, size)
         super().__init__(Network(*layers, nn.Flatten(), nn.Linear(channels * size * size, classes)), options)
 
 
@@ -373,7 +375,7 @@ class MLP(Classifier):
     """
 
     def __init__(self, image_channels: int, classes: int, options: ScholarOptions):
-        layers = linear_layers(image_channels * IMAGE_SIZE**2, options.solver_channel_size, classes)
+        layers = linear_layers(image_channels * options.image_size**2, options.solver_channel_size, classes)
         super().__init__(Network(nn.Flatten(), *layers), options)
 
 

@@ -55,9 +55,9 @@ CLASSES = 10
 class BaselineImages(Dataset):
     """Images one at a time, through PIL."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray):
+    def __init__(self, images: np.ndarray, labels: np.ndarray, size: int):
         self.images, self.labels = images, labels
-        self.transform = transforms.Compose([transforms.Pad(2), transforms.ToTensor()])
+        self.transform = transforms.Compose([transforms.CenterCrop(size), transforms.ToTensor()])  # which pads
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -212,10 +212,12 @@ def measure(options: main.Options, repetitions: int) -> list[dict[str, Any]]:
     random = np.random.default_rng(options.seed)
     raw = random.integers(0, 256, (IMAGES, 28, 28), dtype=np.uint8)
     labels = random.integers(0, CLASSES, IMAGES)
-    split = data.Split(data.to_32x32(torch.from_numpy(raw)[:, None]).to(device), torch.from_numpy(labels).to(device))
+    split = data.Split(
+        data.fit(torch.from_numpy(raw)[:, None], options.image_size).to(device), torch.from_numpy(labels).to(device)
+    )
     test = split.subset(TEST_IMAGES)
-    baseline_images = BaselineImages(raw, labels)
-    baseline_test = BaselineImages(raw[:TEST_IMAGES], labels[:TEST_IMAGES])
+    baseline_images = BaselineImages(raw, labels, options.image_size)
+    baseline_test = BaselineImages(raw[:TEST_IMAGES], labels[:TEST_IMAGES], options.image_size)
 
     eager_options = replace(options, cuda_graphs=False)
     block = models.images_at_once(device)

@@ -241,7 +241,7 @@ def test_own_task_may_be_grey_to_learn_and_in_colour_to_test(tmp_path):
 def test_own_task_with_wrong_content_is_refused_with_what_is_wrong(tmp_path, changes, words):
     path = write_task(tmp_path / "a.npz", **changes)
     with pytest.raises(UserError) as error:
-        accepting(tmp_path).load_npz(path)
+        accepting(tmp_path).load_own(path)
     assert str(path) in str(error.value) and words in str(error.value) and "\n" not in str(error.value)
 
 
@@ -261,7 +261,7 @@ def test_own_task_with_objects_is_refused_and_not_executed(tmp_path, evil):
     for content in (path.read_bytes(), pickle.dumps(evil), b"", b"PK not a zip"):
         path.write_bytes(content)
         with pytest.raises(UserError, match="is not a task"):
-            accepting(tmp_path).load_npz(path)
+            accepting(tmp_path).load_own(path)
 
 
 # -------------------------------------------------------------------------------------- files that are present
@@ -334,7 +334,7 @@ def test_errors_of_a_device_are_not_blamed_on_files(tmp_path, monkeypatch):
     monkeypatch.setattr(data.Split, "to", to)
     write_small_mnist(tmp_path)
     write_task(tmp_path / "own.npz")
-    for load in (lambda: accepting(tmp_path).load("mnist"), lambda: accepting(tmp_path).load_npz(tmp_path / "own.npz")):
+    for load in (lambda: accepting(tmp_path).load("mnist"), lambda: accepting(tmp_path).load_own(tmp_path / "own.npz")):
         with pytest.raises(torch.OutOfMemoryError):
             load()
 
