@@ -334,8 +334,8 @@ class Library:
             parts, sizes, remark, unused = (_read_npz if path.is_file() else _read_directory)(path, self.image_size)
             train, test = (make_split(*part, 1000, self.image_size) for part in parts)
             self.checksums[str(path)] = fingerprint(str(path))
-        unused = f"{', '.join(map(str, unused))} unused" if unused else ""
-        self.notes[str(path)] = ", ".join(filter(None, [fitting(sizes, self.image_size), remark, unused]))
+        unused = f"unused: {', '.join(unused)}" if unused else ""
+        self.notes[str(path)] = "; ".join(filter(None, [fitting(sizes, self.image_size), remark, unused]))
         return train.to(self.device), test.to(self.device)
 
     def _provide(self, name: str, data_set: DataSet) -> Path:
@@ -389,7 +389,7 @@ def make_split(images: Tensor, labels: Tensor, most_classes: int, size: int) -> 
 # ------------------------------------------------------------------------------------------- the user's own data
 
 # Training and test arrays, the (height, width) of their images, what else was decided, and the names of what is unused.
-Own = tuple[Sequence[Arrays], set[tuple[int, int]], str, Sequence[Any]]
+Own = tuple[Sequence[Arrays], set[tuple[int, int]], str, list[str]]
 
 # The arrays of a .npz file, as this program and Keras name them, and as MedMNIST does.
 KEYS = (("x_train", "y_train", "x_test", "y_test"), ("train_images", "train_labels", "test_images", "test_labels"))
@@ -464,7 +464,7 @@ def _labels(y: np.ndarray, name: str) -> Tensor:
         if not (((y == 0) | (y == 1)).all() and (y.sum(axis=1) == 1).all()):
             raise ValueError(f"{about}, and its rows are not one-hot: one 1 each, and zeros")
         y = y.argmax(axis=1)
-    if not (np.isfinite(y) & (y == np.floor(y))).all():
+    if not ((abs(y) < 2**31) & (y == np.floor(y))).all():
         raise ValueError(f"{about}, and its numbers are not whole")
     return torch.from_numpy(y.astype(np.int64)).flatten()
 
@@ -550,7 +550,7 @@ def fitting(sizes: set[tuple[int, int]], size: int) -> str:
 
 
 def describe(task: Task, note: str) -> str:
-    """What a task has become, in one line: images (training + test), channels, the note, classes."""
+    """What a task has become, for the user to check, in one line; classes with their training and test images."""
     train, test = task.train, task.test
     counts = [split.labels.bincount(minlength=number_of_classes([task])).tolist() for split in (train, test)]
     classes = {label: each for label, each in enumerate(zip(*counts, strict=True)) if any(each)}
@@ -559,7 +559,7 @@ def describe(task: Task, note: str) -> str:
     if len(classes) > 20:
         n = [each[0] for each in classes.values()]
         text = f"{len(classes)} from {min(classes)} to {max(classes)}, of {min(n)} to {max(n)} training images"
-    return f"{task.name}, {len(train)} + {len(test)} images, {colour}, {note}, classes {text}"
+    return f"{task.name}: {len(train)} training and {len(test)} test images, {colour}; {note}; classes {text}"
 
 
 def task_source(text: str) -> str:
@@ -668,13 +668,13 @@ def own_tasks(library: Library, names: Sequence[str]) -> list[Task]:
     def read(name: str) -> Task:
         if name in DATA_SETS:
             return Task(DATA_SETS[name].title, *library.load(name))
-        return Task(Path(name).absolute().stem, *library.load_own(Path(name)))
+        return Task(Path(os.path.abspath(name)).stem, *library.load_own(Path(name)))
 
     by_name = {name: read(name) for name in dict.fromkeys(names)}
     tasks = same_channels([by_name[name] for name in names])
     for number, (name, task) in enumerate(zip(names, tasks, strict=True), start=1):
         note = library.notes[name if name in DATA_SETS else str(Path(name))]
-        print(f"task {number}: {describe(task, note)}")
+        print(f"task {number}, {describe(task, note)}")
     return tasks
 
 
