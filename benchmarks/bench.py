@@ -2,7 +2,7 @@
 """How fast the parts of training are, beside a baseline, in one run.
 
     make bench                                      at the default widths, on the device that main.py would use
-    benchmarks/bench.py --image-size=64              main.py's flags for networks, batches and number format work too
+    benchmarks/bench.py --image-size=64 --no-gpus   main.py's flags for networks, batches and number format work too
 
 The baseline is how the method is usually written: float32, PIL transforms behind a DataLoader, a forward pass for each
 source of images, a gradient through the generator in the critic's updates, a fresh draw of replay for every update,
