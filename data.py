@@ -259,15 +259,16 @@ def fingerprint(task: str) -> str:
     walk = os.walk(task, followlinks=True)  # without hidden files, which programs leave
     files = sorted(Path(where, name) for where, _, names in walk for name in names)
     inside = {file.relative_to(task): file for file in files}
-    lines = [f"{name} {checksum(file)}" for name, file in inside.items() if not f"/{name}".count("/.")]
+    lines = [f"{name} {checksum(file)}" for name, file in inside.items() if "/." not in f"/{name}"]
     return hashlib.md5("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 def _find(directory: Path, name: str) -> Path | None:
-    """A file of a data set, or None; IDX files may be compressed or not."""
-    plain = name.removesuffix(".gz")
-    names = (name, plain, f"{plain}.gz") if plain.endswith("-ubyte") else (name,)
-    return next((directory / each for each in names if (directory / each).exists()), None)
+    """A file of a data set, or None; IDX files may be compressed or not, and Kaggle has another name for them."""
+    names, plain = [name], name.removesuffix(".gz")
+    if plain.endswith("-ubyte"):
+        names += [f"{stem}{end}" for stem in (plain, plain.replace("-idx", ".idx")) for end in ("", ".gz")]
+    return next((directory / each for each in names if (directory / each).is_file()), None)
 
 
 def _download(data_set: DataSet, directory: Path, missing: list[str]) -> None:
@@ -373,7 +374,7 @@ def _checksums(directory: Path, data_set: DataSet) -> dict[str, str]:
     """The md5 of each file of a data set, unpacked where the official one is."""
     paths = {name: _find(directory, name) for name in data_set.md5}
     with reading(directory, f"{directory} holds a damaged .gz file"):
-        return {name: checksum(path, unpack=path.name == f"{name}.gz") for name, path in paths.items()}
+        return {name: checksum(path, unpack=path.suffix == ".gz" != name[-3:]) for name, path in paths.items()}
 
 
 def make_split(images: Tensor, labels: Tensor, most_classes: int, size: int) -> Split:
@@ -396,18 +397,15 @@ KEYS = (("x_train", "y_train", "x_test", "y_test"), ("train_images", "train_labe
 
 
 def _read_npz(path: Path, _size: int) -> Own:
-    with path.open("rb") as file:
-        if file.read(6) == b"\x93NUMPY":
-            raise ValueError("it is a single array, a .npy file: numpy.savez puts all four into one .npz")
     if not zipfile.is_zipfile(path):
-        raise ValueError("it is not a .npz file, which numpy.savez makes")
+        raise ValueError("it is not a .npz file, which numpy.savez makes of several arrays (a .npy file has only one)")
     with np.load(path, allow_pickle=False) as archive:
         names = {name.lower(): name for name in archive.files}
         complete = [keys for keys in KEYS if names.keys() >= set(keys)]
         if len(complete) != 1 or len(names) < len(archive.files):
             there = ", ".join(_shape(archive, name) for name in archive.files[:20])
             raise ValueError(f"it has {there or 'nothing'}, and needs {' or '.join(', '.join(keys) for keys in KEYS)}")
-        used, parts, forms = [names[key] for key in complete[0]], [], {}
+        used, parts, forms = [names[key] for key in complete[0]], [], []
         for x, y in (used[:2], used[2:]):
             images, labels = _array(archive, x), _array(archive, y)
             if min(images.shape, default=0) == 0 or images.shape[:1] != labels.shape[:1]:
@@ -415,7 +413,7 @@ def _read_npz(path: Path, _size: int) -> Own:
                 raise ValueError(f"{both}: as many labels as images, at least one")
             pixels, form = _pixels(images, x)
             parts.append((pixels, _labels(labels, y)))
-            forms[form] = None
+            forms += [form] if form not in forms else []
         return parts, _sizes(parts), " and ".join(forms), [name for name in archive.files if name not in used]
 
 
@@ -485,13 +483,10 @@ def _read_directory(path: Path, size: int) -> Own:
         raise ValueError(f"test has {', '.join(unknown[:20])}, which train has not")
     numbers = all(name.isdecimal() for name in classes)
     label = {name: int(name) if numbers else number for number, name in enumerate(classes)}
-    parts = [
-        (
-            _pictures(((file, file) for file, _ in part.samples), size, sizes),
-            torch.tensor([label[part.classes[number]] for number in part.targets]),
-        )
-        for part in (train, test)
-    ]
+    parts = []
+    for part in (train, test):
+        labels = torch.tensor([label[part.classes[number]] for number in part.targets])
+        parts.append((_pictures(((file, file) for file, _ in part.samples), size, sizes), labels))
     names = "" if numbers else f"classes in order {', '.join(classes[:20])}"
     return parts, sizes, names, [name for name in inside if name not in ("train", "test")]
 
@@ -505,7 +500,7 @@ def _read_parquet(path: Path, size: int) -> Own:
     files = sorted(path.rglob("*.parquet"))
     parts, sizes, used = [], set(), set()
     for part in ("train", "test"):
-        these = [file for file in files if file.name.startswith(part) or file.parent.name == part]
+        these = sorted({*path.rglob(f"{part}[-.]*parquet"), *path.rglob(f"{part}/*.parquet")})
         if len({file.parent for file in these}) != 1:
             there = ", ".join(str(file.relative_to(path)) for file in files[:20])
             raise ValueError(f"it has {there}, and needs {part} files of one data set")
@@ -529,6 +524,8 @@ def _pictures(files: Iterable[tuple[str, Any]], size: int, sizes: set[tuple[int,
             with Image.open(file) as picture:
                 if picture.mode[0] in "IF":
                     raise ValueError("more than 8 bits per pixel")
+                if picture.has_transparency_data and picture.convert("RGBA").getextrema()[3][0] < 255:
+                    raise ValueError("transparent pixels, which have no colour of their own")
                 image = pil_to_tensor(picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB"))
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(f"{name}: {reason(error)}") from error

@@ -168,6 +168,13 @@ def test_name_of_a_run(flags, name):
     assert parse(flags).name == name
 
 
+def test_a_task_may_be_below_ones_home(tmp_path, monkeypatch):
+    """Shells leave ~ as it is behind =."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "pictures").mkdir()
+    assert parse("--tasks=~/pictures").tasks == [str(tmp_path / "pictures")]
+
+
 def test_lists_given_twice_add_up(tmp_path):
     assert parse("--tasks mnist --seed=1 --tasks svhn mnist").tasks == ["mnist", "svhn", "mnist"]
     command = ["split-mnist", "--dry-run", "--seeds=0-1", "--seeds", "1,4"]
