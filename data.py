@@ -356,7 +356,7 @@ class Library:
                 self.checksums[f"{name}/{file}"] = found
                 if found == official:
                     continue
-                wrong = f"{path} is not {data_set.title}'s official file (md5 {found}, expected {official})"
+                wrong = f"{path} is not the official file of {data_set.title} (md5 {found}, expected {official})"
                 if not self.accept_unverified:
                     raise UserError(
                         f"{wrong}: delete it or name another --data-dir to download it again, "
