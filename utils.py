@@ -201,7 +201,7 @@ def reading(path: Path, wrong: str) -> Iterator[None]:
     except Exception as error:  # readers fail in many ways on a file that is not what it claims
         if isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)):
             raise
-        raise UserError(f"{wrong}: {reason(error)[:200]}") from error
+        raise UserError(f"{wrong}: {reason(error)[:400]}") from error
 
 
 @contextlib.contextmanager
@@ -395,6 +395,13 @@ def differences(before: dict[str, Any], now: dict[str, Any], keys: Iterable[str]
     return ", ".join(f"{flag(key)} {before.get(key)}, not {now[key]}" for key in keys if before.get(key) != now[key])
 
 
+def data_of(config: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """The data of a run, wherever its files were: the checksum or name of each of its own tasks, and all checksums."""
+    checksums = config["data"]["checksums"]
+    tasks = config["options"].get("tasks") or []
+    return [checksums.get(str(Path(task)), task) for task in tasks], sorted(checksums.values())
+
+
 def commit() -> str | None:
     """The commit this program runs from, with "-dirty" if files were changed since; None outside git."""
     if COMMIT in os.environ:
@@ -521,8 +528,7 @@ class Run:
     @property
     def setting(self) -> tuple[Any, ...]:
         """What runs of different seeds must share to be averaged."""
-        data = json.dumps(self.config["data"]["checksums"], sort_keys=True)
-        return self.experiment, self.replay_mode, self.recipe, tuple(self.flags), data
+        return self.experiment, self.replay_mode, self.recipe, tuple(self.flags), str(data_of(self.config))
 
     @property
     def unofficial(self) -> dict[str, str]:

@@ -382,7 +382,9 @@ def draw_all(runs: list[Run]) -> None:
 
 def run(arguments: list[str] | None = None) -> None:
     parser = utils.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--keep", nargs="+", type=Path, metavar="RUN", default=[], help="finished runs to keep first")
+    parser.add_argument(
+        "--keep", nargs="+", action="extend", type=Path, metavar="RUN", default=[], help="finished runs to keep first"
+    )
     parser.add_argument("--keep-ablations", type=Path, metavar="DIR", help="results of benchmarks/ablations.py to keep")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as directory:

@@ -261,9 +261,12 @@ def run() -> None:
     parser.add_argument(
         "variations", nargs="*", metavar="VARIATION", help=f"which (default: all): {'; '.join(VARIATIONS)}"
     )
-    parser.add_argument("--seeds", nargs="+", type=utils.number(0, kind=int), default=[0, 1, 2], metavar="N")
+    parser.add_argument(
+        "--seeds", nargs="+", action="extend", type=utils.number(0, kind=int), metavar="N", help="(default: 0 1 2)"
+    )
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="(default: %(default)s)")
     here, flags = parser.parse_known_args()
+    here.seeds = here.seeds or [0, 1, 2]
     if unknown := [name for name in here.variations if name not in VARIATIONS]:
         parser.error(f"no such variation: {unknown[0]!r}; there are: {'; '.join(VARIATIONS)}")
     if "critic of 2017" in (here.variations or VARIATIONS) and main.parse([*FLAGS, *flags]).batch_size % 8:

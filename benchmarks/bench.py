@@ -2,7 +2,7 @@
 """How fast the parts of training are, beside a baseline, in one run.
 
     make bench                                      at the default widths, on the device that main.py would use
-    benchmarks/bench.py --batch-size=64 --no-gpus   main.py's flags for networks, batches and number format work too
+    benchmarks/bench.py --image-size=64 --no-gpus   main.py's flags for networks, batches and number format work too
 
 The baseline is how the method is usually written: float32, PIL transforms behind a DataLoader, a forward pass for each
 source of images, a gradient through the generator in the critic's updates, a fresh draw of replay for every update,
@@ -55,9 +55,9 @@ CLASSES = 10
 class BaselineImages(Dataset):
     """Images one at a time, through PIL."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray):
+    def __init__(self, images: np.ndarray, labels: np.ndarray, size: int):
         self.images, self.labels = images, labels
-        self.transform = transforms.Compose([transforms.Pad(2), transforms.ToTensor()])
+        self.transform = transforms.Compose([transforms.Pad((size - 28) // 2), transforms.ToTensor()])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -212,10 +212,12 @@ def measure(options: main.Options, repetitions: int) -> list[dict[str, Any]]:
     random = np.random.default_rng(options.seed)
     raw = random.integers(0, 256, (IMAGES, 28, 28), dtype=np.uint8)
     labels = random.integers(0, CLASSES, IMAGES)
-    split = data.Split(data.to_32x32(torch.from_numpy(raw)[:, None]).to(device), torch.from_numpy(labels).to(device))
+    split = data.Split(
+        data.fit(torch.from_numpy(raw)[:, None], options.image_size).to(device), torch.from_numpy(labels).to(device)
+    )
     test = split.subset(TEST_IMAGES)
-    baseline_images = BaselineImages(raw, labels)
-    baseline_test = BaselineImages(raw[:TEST_IMAGES], labels[:TEST_IMAGES])
+    baseline_images = BaselineImages(raw, labels, options.image_size)
+    baseline_test = BaselineImages(raw[:TEST_IMAGES], labels[:TEST_IMAGES], options.image_size)
 
     eager_options = replace(options, cuda_graphs=False)
     block = models.images_at_once(device)

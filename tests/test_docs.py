@@ -379,5 +379,5 @@ def test_options_of_the_docs_become_flags():
 def test_npz_of_the_docs_is_a_task(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_example(example("docs/running.md", "np.savez"))
-    train, test = data.Library(tmp_path, torch.device("cpu")).load_npz(Path("my-digits.npz"))
+    train, test = data.Library(tmp_path, torch.device("cpu")).load_own(Path("my-digits.npz"))
     assert (len(train), len(test)) == (800, 200)

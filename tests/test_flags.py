@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_one_line_error, run
+from conftest import ROOT, TINY, assert_one_line_error, call, run
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -66,6 +66,9 @@ import utils
         (["--train", "--checkpoint-dir=samples"], ["--checkpoint-dir", "--sample-dir"]),
         (["--train", "--sample-dir=results"], ["--sample-dir", "--result-dir"]),
         (["--train", "--batch-size=1", "--solver-depth=6", "--solver-reducing-layers=5"], ["--batch-size", "2"]),
+        (["--train", "--batch-size=1", "--image-size=16", "--solver-reducing-layers=4"], ["--batch-size", "2"]),
+        (["--train", "--image-size=40"], ["--image-size", "16, 32, 48, 64, 80, 96, 112, 128"]),
+        (["--train", "--image-size=144"], ["--image-size", "16, 32, 48, 64, 80, 96, 112, 128"]),
         (["--train", "--replay-targets=true"], ["--replay-targets", "hard or soft"]),
         (["--train", "--replay-mode=noise-replay", "--replay-targets=true"], ["--replay-targets", "noise-replay"]),
         (["--train", "--replay-mode=none", "--replay-targets=hard"], ["--replay-targets", "replays nothing"]),
@@ -162,10 +165,26 @@ def test_data_directory_from_the_environment(monkeypatch, tmp_path):
         ("--replay-mode=exact-replay --importance-of-new-task=auto", "permutated-mnist-exact-replay-rauto"),
         ("--importance-of-new-task=1", "permutated-mnist-generative-replay-r1"),
         ("--tasks mnist svhn", "mnist+svhn-generative-replay-r0.3"),
+        ("--quick --solver=mlp --image-size=64", "permutated-mnist-generative-replay-rauto-quick-mlp-64px"),
+        ("--image-size=32", "permutated-mnist-generative-replay-r0.3"),
     ],
 )
 def test_name_of_a_run(flags, name):
     assert parse(flags).name == name
+
+
+def test_a_task_may_be_below_ones_home(tmp_path, monkeypatch):
+    """Shells leave ~ as it is behind =."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "pictures").mkdir()
+    assert parse("--tasks=~/pictures").tasks == [str(tmp_path / "pictures")]
+
+
+def test_lists_given_twice_add_up(tmp_path):
+    assert parse("--tasks mnist --seed=1 --tasks svhn mnist").tasks == ["mnist", "svhn", "mnist"]
+    command = ["split-mnist", "--dry-run", "--seeds=0-1", "--seeds", "1,4"]
+    lines = call("run_full_experiments", *command, cwd=tmp_path).stdout.splitlines()
+    assert [re.search(r"--seed=(\d)", line)[1] for line in lines] == ["0", "1", "4"] * 3
 
 
 # ----------------------------------------------------------------------------------------------------- recipes

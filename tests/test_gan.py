@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
+from functools import partial
 
 import pytest
 import reference
@@ -338,6 +339,20 @@ def test_solver_depth_and_reducing_layers(depth, reducing_layers, size):
     assert [c.stride[0] for c in convolutions] == [1] * (depth - 1 - reducing_layers) + [2] * reducing_layers
     assert solver.net[-1].in_features == 32 * size * size
     assert solver(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("generator, solver", [("wgan", "cnn"), ("vae", "mlp")])
+@pytest.mark.parametrize("size", [16, 48, 128])
+def test_networks_learn_images_of_other_sizes(generator, solver, size):
+    """Five convolutions that halve bring 48 to 2: a side that is not even is rounded up."""
+    more = {"solver_depth": 6, "solver_reducing_layers": 5, "solver_channel_size": 16}
+    scholar = small_scholar(generator=generator, solver=solver, image_size=size, **more)
+    x, y = torch.rand(4, 1, size, size), torch.arange(4)
+    assert all(map(torch.isfinite, scholar.generator.update(lambda: x).values()))
+    assert scholar.generator.remember().sample(3).shape == (3, 1, size, size)
+    pairs = dgr.GenerativeReplay(scholar, [], dgr.Targets("hard")).sample(4)
+    loss = partial(dgr.solver_loss, scholar.solver, r=0.5)
+    assert scholar.solver.update(loss, (x, y), pairs)["loss"].isfinite()
 
 
 def test_a_users_own_network_keeps_its_layout(monkeypatch):

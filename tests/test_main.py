@@ -157,6 +157,19 @@ def test_tasks_of_ones_own_mix_with_named_ones(tmp_path, small_mnist):
     assert draw(tmp_path, "--tasks", *files, "mnist").returncode == 0
 
 
+def test_images_of_another_size_are_learned_and_drawn(tmp_path, small_mnist):
+    process = train(tmp_path, small_mnist, "--image-size=48")
+    assert process.returncode == 0, process.stderr
+    name = "permutated-mnist-generative-replay-r0.3-48px"
+    config = read_json(tmp_path / "results" / name / "config.json")
+    assert config["options"]["image_size"] == 48 and "--image-size=48" in config["flags"]
+    assert draw(tmp_path, "--image-size=48").returncode == 0
+    with Image.open(tmp_path / f"samples/{name}-sample.jpg") as picture:
+        assert picture.size == (6 * 50 + 2, 2 * 50 + 2)
+    (tmp_path / "checkpoints" / name).rename(tmp_path / "checkpoints" / name.removesuffix("-48px"))
+    assert_one_line_error(draw(tmp_path), 1, "was trained with --image-size 48, not 32")
+
+
 def test_a_task_of_ones_own_is_not_taken_for_an_experiment(tmp_path):
     """Whatever its file is called: a chain, for instance, would learn nothing of the other tasks."""
     write_task(tmp_path / "mnist-chain.npz")

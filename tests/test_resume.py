@@ -175,6 +175,39 @@ def test_resume_with_other_flags_or_data_is_refused(tmp_path, small_mnist, monke
         run_here(flags(tmp_path, other, "--resume"))
 
 
+def test_a_run_goes_on_with_the_same_data_at_another_path(tmp_path, small_mnist, monkeypatch):
+    """A finished one is left alone with them. Other data of the same name are refused by both."""
+    x, y = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8), np.arange(20) % 3
+    (tmp_path / "a").mkdir()
+    np.savez(tmp_path / "a/own.npz", x_train=x[:10], y_train=y[:10], x_test=x[10:], y_test=y[10:])
+    first = flags(tmp_path, small_mnist, "--tasks", str(tmp_path / "a/own.npz"), "mnist")
+    run_until(monkeypatch, 14, first)
+    (tmp_path / "a").rename(tmp_path / "b")
+    mnist = shutil.copytree(small_mnist / "mnist/MNIST/raw", tmp_path / "raw")
+    monkeypatch.chdir(tmp_path / "b")
+    moved = flags(tmp_path, mnist, "--resume", "--tasks", "./own.npz", "mnist")
+    other = tmp_path / "c/own.npz"
+    other.parent.mkdir()
+    np.savez(other, x_train=x[:10], y_train=y[:10], x_test=x[10:], y_test=y[9:19])
+    elsewhere = flags(tmp_path, small_mnist, "--resume", "--tasks", str(other), "mnist")
+    with pytest.raises(UserError, match="unfinished belongs to a run on other data files"):
+        run_here(elsewhere)
+    assert "continues at task 2" in run_here(moved)
+    assert "is finished: nothing to resume" in run_here(moved)
+    with pytest.raises(UserError, match="holds a run with other data in --tasks: without --resume"):
+        run_here(elsewhere)
+
+
+def test_a_run_of_an_earlier_version_lacks_options_that_are_new(tmp_path, small_mnist):
+    """They count as their defaults."""
+    run_here(flags(tmp_path, small_mnist))
+    file = tmp_path / "results" / NAME / "config.json"
+    config = json.loads(file.read_text())
+    del config["options"]["image_size"]
+    file.write_text(json.dumps(config))
+    assert "nothing to resume" in run_here(flags(tmp_path, small_mnist, "--resume"))
+
+
 def test_resume_may_change_what_decides_nothing(tmp_path, small_mnist, whole, monkeypatch):
     run_until(monkeypatch, 14, flags(tmp_path, small_mnist))
     run_here(flags(tmp_path, small_mnist, "--resume", "--checkpoint-interval=1000", "--visdom-port=9"))

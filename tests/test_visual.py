@@ -362,6 +362,18 @@ def test_runs_are_found_and_seeds_gathered(results):
     assert visual.cells(settings[0])["average precision"] == "0.700 ± 0.071"
 
 
+def test_seeds_on_the_same_data_at_different_paths_are_averaged_and_others_not(tmp_path):
+    tasks = {0: "a/own.npz", 1: "/scratch/1/own.npz", 2: "/scratch/2/own.npz"}
+    for seed, path in tasks.items():
+        checksums = {path: "abc" if seed < 2 else "def", "mnist/train": "123"}
+        directory = write_run(tmp_path / f"{seed}/run", data={"checksums": checksums}, seed=seed)
+        file = directory / "config.json"
+        config = json.loads(file.read_text())
+        config["options"]["tasks"] = [f"./{path}" if seed == 0 else path, "mnist"]
+        file.write_text(json.dumps(config))
+    assert [[run.seed for run in setting.runs] for setting in settings_in(tmp_path)] == [[0, 1], [2]]
+
+
 def test_settings_are_told_apart_by_recipe_and_by_the_flags_that_differ(tmp_path):
     def labels():
         return [setting.label for setting in settings_in(tmp_path)]
