@@ -9,11 +9,13 @@ import contextlib
 import csv
 import fcntl
 import io
+import itertools
 import json
 import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -104,6 +106,17 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
         target.add_argument(flag(f.name), default=default, help=help.replace("%", "%%"), **settings)
 
 
+ADDRESS = re.compile(r"(?:(https?)://)?([\w.-]+|\[[\da-fA-F:.]+\])(?::(\d{1,5}))?(/[^\s?#@]*)?")  # of a visdom server
+LOGIN = "a login goes into the environment variables VISDOM_USERNAME and VISDOM_PASSWORD"
+
+
+def address(text: str) -> str:
+    """Check an address. What can't be one is not printed: it may hold a password."""
+    if not ADDRESS.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"it takes host, host:8097 or https://host/path; {LOGIN}")
+    return text
+
+
 @dataclass(frozen=True, kw_only=True)
 class FileOptions:
     seed: int = option(0, "random seed of everything but the permutations", low=0, group="seed and files")
@@ -143,7 +156,7 @@ def run_program(main: Callable[[], None]) -> None:
     except UserError as error:
         fail(f"error: {error}")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(messages(error)):
+        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(" ".join(map(str, causes(error)))):
             raise
         smaller = "--batch-size, --solver-channel-size or --generator-c-channel-size and --generator-g-channel-size"
         fail(f"error: out of memory: try a smaller {smaller}, or --dtype=bfloat16")
@@ -157,9 +170,9 @@ def run_program(main: Callable[[], None]) -> None:
         fail("stopped")
 
 
-def messages(error: BaseException | None) -> str:
-    """The messages of an error and of those behind it: CUDA graphs hide a lack of memory behind their own error."""
-    return "" if error is None else f"{error} {messages(error.__context__)}"
+def causes(error: BaseException | None) -> list[BaseException]:
+    """An error and those behind it: CUDA graphs hide a lack of memory behind their own error."""
+    return [] if error is None else [error, *causes(error.__context__)]
 
 
 def discard_output() -> None:
@@ -260,7 +273,9 @@ def not_writable(directory: Path) -> str | None:
     """Why no file can be made in a directory, which need not exist yet; None if nothing speaks against it."""
     existing = directory
     try:
-        existing = next((path for path in (directory, *directory.parents) if path.exists()), directory)
+        existing = next((path for path in (directory, *directory.parents) if os.path.lexists(path)), directory)
+        if existing.is_symlink() and not existing.exists():
+            return f"{existing} is a link to {os.readlink(existing)}, which is not there"
         if not existing.is_dir():
             return f"{existing} is not a directory"
         with tempfile.TemporaryFile(dir=existing):
@@ -403,8 +418,19 @@ def commit() -> str | None:
     command = ["git", "-C", str(Path(__file__).parent), *describe]
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError) as error:
+        if Path(__file__).with_name(".git").exists():  # as in a checkout of another owner
+            said = " ".join((getattr(error, "stderr", None) or reason(error)).split())
+            warn(f"the commit is not recorded: {said}; or put it into {COMMIT}")
         return None
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether a host is the machine this runs on: a socket can have only its addresses."""
+    with contextlib.suppress(OSError), socket.socket() as one:
+        one.bind((host, 0))
+        return True
+    return host == "::1"
 
 
 class Observer:
@@ -549,6 +575,14 @@ class Run:
         values = {x: [curve[x] for curve in curves if x in curve] for x in sorted(set().union(*curves))}
         return {x: sum(ys) / len(ys) for x, ys in values.items()}
 
+    def replay(self, observer: Observer) -> None:
+        """Report to an observer what was measured."""
+        when = ("phase", "task", "iteration")
+        for (phase, task, iteration), rows in itertools.groupby(
+            self.rows, key=lambda row: [row[part] for part in when]
+        ):
+            observer.scalars(phase, int(task), int(iteration), {row["name"]: float(row["value"]) for row in rows})
+
     def kept_samples(self) -> dict[tuple[int, int], Path]:
         """The pictures of --sample-log by task and iteration, in order."""
         renamed = re.search(r"(~\d+)?$", self.directory.name)[0]  # with the rest of the run, when a later one began
@@ -604,10 +638,10 @@ class Setting:
         """The precision matrix, averaged over seeds; NaN where nothing was measured."""
         return np.mean([np.array(run.summary["precision"], dtype=float) for run in self.finished], axis=0)
 
-    def curve(self, of: Callable[[Run], Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Iterations, mean and standard deviation over seeds, wherever all runs were measured."""
-        curves = [of(run) for run in self.shown]
-        xs = sorted(set.intersection(*map(set, curves)))
+    def curve(self, of: Callable[[Run], Curve], ends: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Iterations, mean and standard deviation over seeds, wherever all runs were measured, or at ends of tasks."""
+        curves, every = [of(run) for run in self.shown], self.first.lengths["solver"] if ends else 1
+        xs = sorted(x for x in set.intersection(*map(set, curves)) if x % every == 0)
         ys = np.array([[curve[x] for x in xs] for curve in curves])
         return np.array(xs), ys.mean(axis=0), ys.std(axis=0, ddof=min(1, len(ys) - 1))
 
