@@ -297,7 +297,7 @@ def make_observers(options: Options, tasks: int) -> list[utils.Observer]:
         observers += [visual.SamplePictures(lambda *at: visual.kept_sample(log, *at), options.sample_log_interval)]
     try:
         if not options.no_visdom:
-            observers += [visual.LivePlots(Run.read(results), options.visdom_server, options.visdom_port)]
+            observers += [visual.LivePlots(Run.read(results), options)]
         if options.tensorboard:
             observers += [visual.TensorBoard(Run.read(results))]
     except UserError as error:  # a full disk, say: training goes on

@@ -107,7 +107,7 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
 
 
 ADDRESS = re.compile(r"(?:(https?)://)?([\w.-]+|\[[\da-fA-F:.]+\])(?::(\d{1,5}))?(/[^\s?#@]*)?")  # of a visdom server
-LOGIN = "a login goes into the environment variables VISDOM_USERNAME and VISDOM_PASSWORD"
+LOGIN = "the environment variables VISDOM_USERNAME and VISDOM_PASSWORD hold a login"
 
 
 def address(text: str) -> str:
@@ -196,10 +196,12 @@ def warn(message: str) -> None:
 
 def reason(error: BaseException) -> str:
     """An exception as a few words on one line."""
+    if isinstance(error, FileExistsError):
+        return "a directory can't be made there: a file or a link to nothing is in its place"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error.args[0]) if isinstance(error, OSError) and error.args else str(error)  # without a file's name
-    return " ".join(text.split()) or type(error).__name__
+    return "".join(filter(str.isprintable, " ".join(text.split()))) or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -506,6 +508,7 @@ Curve = dict[int, float]  # values by iterations since the start of the run
 PRECISION = re.compile(r"precision-(\d+)")  # the name of a scalar: precision on task 1, 2, ...; all others are losses
 SAMPLES = "samples.png"  # the newest sample grid, in the result directory
 SUMMARY_KEYS = ("precision", "average_precision", "forgetting", "seconds")
+CONFIG = {"name": str, "experiment": str, "replay_mode": str, "recipe": str, "seed": int, "flags": list, "tasks": list}
 
 
 class Run:
@@ -519,30 +522,40 @@ class Run:
     ):
         with reading(directory, f"{directory}: not the files of a run"):
             self.directory, self.config, self.summary, self.rows = directory, config, summary, rows
-            for key in SUMMARY_KEYS if summary is not None else ():
-                summary[key]
+            for key, kind in CONFIG.items():
+                if not isinstance(config[key], kind):
+                    raise TypeError(f"config.json: {key} is {config[key]!r}")
             self.options = config["options"]
             self.name, self.seed, self.recipe, self.flags = (config[key] for key in ("name", "seed", "recipe", "flags"))
             self.experiment, self.replay_mode = config["experiment"], config["replay_mode"]
             titles = {name.replace("-", ""): title for name, title in self.unofficial.items()}
             tasks = [titles.get(task.lower().replace("-", ""), task) for task in config["tasks"]]
             self.tasks = [task.encode(errors="replace").decode() for task in tasks]  # file names may not be UTF-8
-            self.lengths = {phase: self.options.get(f"{phase}_iterations", 1) for phase in ("generator", "solver")}
+            self.lengths = {p: int(self.options.get(f"{p}_iterations", 1)) for p in ("generator", "solver")}
+            hash((self.setting, " ".join(self.flags)))  # which read the rest of config.json
+            for key in SUMMARY_KEYS if summary is not None else ():
+                values = list(itertools.chain(*summary[key])) if key == "precision" else [summary[key]]
+                if not all(isinstance(v, int | float) or (v is None and key == "precision") for v in values):
+                    raise TypeError(f"summary.json: {key} is {summary[key]!r}")
             self.curves: dict[tuple[str, str], Curve] = {}  # by phase and name
-            for row in rows:
-                if row["phase"] in self.lengths:
-                    at = (int(row["task"]) - 1) * self.lengths[row["phase"]] + int(row["iteration"])
-                    self.curves.setdefault((row["phase"], row["name"]), {})[at] = float(row["value"])
+            try:
+                for line, row in enumerate(rows, start=2):  # noqa: B007
+                    task, iteration, value = int(row["task"]), int(row["iteration"]), float(row["value"])
+                    if length := self.lengths.get(row["phase"]):
+                        self.curves.setdefault((row["phase"], row["name"]), {})[(task - 1) * length + iteration] = value
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"metrics.csv: line {line} is {dict(row)}") from error
 
     @classmethod
     def read(cls, directory: Path) -> "Run":
         """The run whose result directory this is."""
         with reading(directory, f"{directory}: not the files of a run"):
-            config = json.loads((directory / "config.json").read_text())
-            summary = directory / "summary.json"
-            outcome = json.loads(summary.read_text()) if summary.exists() else None
-            with (directory / "metrics.csv").open(newline="") as file:
-                return cls(directory, config, outcome, list(csv.DictReader(file)))
+            config, summary = json.loads((directory / "config.json").read_bytes()), directory / "summary.json"
+            outcome = json.loads(summary.read_bytes()) if summary.exists() else None
+            metrics = (directory / "metrics.csv").read_text(encoding="utf-8-sig")  # a spreadsheet adds a mark
+            metrics = metrics if outcome else metrics[: metrics.rfind("\n") + 1]  # a line may be under way
+            rows = csv.DictReader(io.StringIO(metrics), delimiter=";" if ";" in metrics[:30] else ",")
+            return cls(directory, config, outcome, list(rows))
 
     @property
     def setting(self) -> tuple[Any, ...]:
@@ -577,16 +590,13 @@ class Run:
 
     def replay(self, observer: Observer) -> None:
         """Report to an observer what was measured."""
-        when = ("phase", "task", "iteration")
-        for (phase, task, iteration), rows in itertools.groupby(
-            self.rows, key=lambda row: [row[part] for part in when]
-        ):
+        for (phase, task, iteration), rows in itertools.groupby(self.rows, key=lambda row: list(row.values())[:3]):
             observer.scalars(phase, int(task), int(iteration), {row["name"]: float(row["value"]) for row in rows})
 
     def kept_samples(self) -> dict[tuple[int, int], Path]:
         """The pictures of --sample-log by task and iteration, in order."""
         renamed = re.search(r"(~\d+)?$", self.directory.name)[0]  # with the rest of the run, when a later one began
-        paths = (Path(self.options["sample_dir"]) / f"{self.name}{renamed}").glob("*.jpg")
+        paths = (Path(str(self.options.get("sample_dir", ""))) / f"{self.name}{renamed}").glob("*.jpg")
         numbers = ((re.fullmatch(r"task-(\d+)-iteration-(\d+)", path.stem), path) for path in paths)
         found = {(int(found[1]), int(found[2])): path for found, path in numbers if found}
         tasks, length = len(self.tasks), self.lengths["generator"]
@@ -602,9 +612,9 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
 
     Leaves out runs that a later one has renamed, and with a warning those that can't be read.
     """
-    runs: dict[Path, Run] = {}
+    runs, broken = {}, []
     for path in paths:
-        found, seen = [], set()
+        found, unread, seen = [], [], set()
         for directory, inside, files in os.walk(path, followlinks=True):
             inside.sort()
             if (real := os.path.realpath(directory)) in seen:
@@ -613,11 +623,16 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
                 try:
                     found.append(Run.read(Path(directory)))
                 except UserError as error:
-                    warn(str(error))
+                    unread.append(error)
             seen.add(real)
-        found = found or [Run.read(path)]  # which says what is wrong
+        found = found or ([] if unread else [Run.read(path)])  # which says what is wrong
+        broken += unread
         newest = [run for run in found if not run.directory.name.startswith(f"{run.name}~")]
         runs |= {run.directory.resolve(): run for run in newest or found[:1]}
+    for error in broken[not runs :]:
+        warn(str(error))
+    if not runs:
+        raise broken[0]
     return list(runs.values())
 
 
@@ -655,7 +670,7 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Setting]]:
     same: dict[Any, dict[int, Run]] = {}
     order = [(rank.get(run.experiment, 99), rank.get(run.replay_mode, 99), not run.summary) for run in runs]
     for _, run in sorted(zip(order, runs, strict=True), key=lambda pair: pair[0]):
-        seeds = same.setdefault(run.setting, {})
+        seeds = same.setdefault((run.setting, len(run.tasks)), {})
         if seeds.setdefault(run.seed, run) is not run:
             warn(f"{run.directory} is left out: it is the same run as {seeds[run.seed].directory}")
     experiments: dict[str, list[Setting]] = {}

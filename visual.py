@@ -26,10 +26,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-try:
-    import matplotlib  # noqa: F401
-except ValueError:  # a notebook's backend that is not installed here; no figure needs one
-    os.environ["MPLBACKEND"] = "agg"
+if backend := os.environ.pop("MPLBACKEND", ""):  # a notebook's may not be installed here, and no figure needs one
+    import matplotlib
+
+    with contextlib.suppress(ValueError):
+        os.environ["MPLBACKEND"] = matplotlib.rcParams["backend"] = backend
 
 import numpy as np
 from matplotlib import cm, colormaps, colors, font_manager, rc_context, rcParams
@@ -54,15 +55,14 @@ warn_once = cache(warn)
 TASK_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 DASHES = ["-", "--", "-.", (0, (1, 1)), (0, (6, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (3, 1, 1, 1))]
 FEW, NUMBERS, MANY = len(TASK_COLOURS), 12, 20  # tasks; a matrix has room for the numbers of twelve
+IMAGES_PER_ROW, FRAMES = 6, 30  # of a grid; of an animation, at most
+SERVER = f"visdom server: host, host:port or https://host/path; {utils.LOGIN}"
 SETTING_COLOURS = ["#882255", "#999933", "#117733", "#332288", "#88CCEE", "#CC6677", "#DDCC77"]
 
 
 def task_colours(tasks: int) -> list[str]:
     """The colours of task 1, 2, ..., the same in every figure."""
     return TASK_COLOURS if tasks <= FEW else list(map(colors.to_hex, colormaps["viridis"](np.linspace(0, 0.93, tasks))))
-
-
-SERVER = f"visdom server: host, host:port or https://host/path; {utils.LOGIN}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +112,6 @@ class Progress(Observer):
         self._bar.close()
 
 
-IMAGES_PER_ROW, FRAMES = 6, 30  # of a grid; of an animation, at most
-
-
 def save_samples(images: Tensor, path: Path) -> None:
     """Save images (n, channels, height, width) float in [0, 1] as one picture, six per row."""
     with atomic_write(path, "wb") as file:
@@ -143,8 +140,7 @@ class SamplePictures(Observer):
 POST_TIMEOUT = (2.0, 3.0)  # seconds to connect, and to wait for an answer
 WINDOW = {"width": 600, "height": 340, "marginright": 20, "margintop": 64, "marginbottom": 76}  # two in 1280 pixels
 SAMPLES_WINDOW = {"width": 340, "height": 340}
-LABEL_CHARACTERS = 75  # that fit above a plot
-POINTS = 20_000  # of a window, at most
+LABEL_CHARACTERS, POINTS = 75, 20_000  # characters that fit above a plot; points in a window, at most
 HINTS = {302: "a page to log in?", 400: utils.LOGIN, 401: utils.LOGIN, 404: "is visdom below another path?"}
 
 
@@ -192,8 +188,7 @@ class LivePlots(Observer):
                 window, curve = f"{phase} {name}", 0 if self._many else task
                 if found := PRECISION.fullmatch(name):
                     window, curve = "precision", int(found[1])
-                    if self._many:
-                        self._curves[window][0][at] = sum(values.values()) / len(values)
+                    self._curves[window].get(0, {})[at] = sum(values.values()) / len(values)  # if there is an average
                 self._curves.setdefault(window, {}).setdefault(curve, {})[at] = value
                 self._post(**{window: partial(self._line, window)})
 
@@ -233,13 +228,8 @@ class LivePlots(Observer):
             opts |= {"ylabel": "precision (share of test images)", "ytickmin": 0, "ytickmax": 1.01}
             opts |= {"markers": not self._many, "markersize": 4, "markerborderwidth": 0}  # so that a single point shows
             opts["traceopts"] = {"plotly": {"average": {"line": {"width": 4}}}}
-        line = {
-            "type": "line",
-            "yref": "paper",
-            "y0": 0,
-            "y1": 1,
-            "line": {"color": "#808080", "dash": "dot", "width": 1.5},
-        }
+        dots = {"color": "#808080", "dash": "dot", "width": 1.5}
+        line = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "line": dots}
         label = {"y": 1, "xanchor": "left", "yanchor": "bottom", "showarrow": False, "yref": "paper"}
         begun = max(1, -(-x[-1] // self._lengths[phase]))
         shown = {task: (task - 1) * self._lengths[phase] for task in range(1, begun + 1, -(-begun // MANY))}
@@ -278,11 +268,10 @@ class LivePlots(Observer):
                 if not self._warned:
                     warn(f"no live plots: visdom at {self.address}: {reason(error)[:300]}; training goes on")
                     self._warned = True
-                if isinstance(error, ImportError):
-                    return
                 with self._changed:
                     self._pending = dict(self._newest)  # all of them: a restarted server has none
-                    if self._changed.wait_for(lambda: self._closing, timeout=self.RETRY_SECONDS):
+                    end = isinstance(error, ImportError)
+                    if end or self._changed.wait_for(lambda: self._closing, timeout=self.RETRY_SECONDS):
                         return
 
 
@@ -294,7 +283,7 @@ def connect(*, server: str, port: int, env: str, base_url: str = "") -> Any:
     for name in ("visdom", "urllib3"):
         logging.getLogger(name).setLevel(logging.ERROR)
     root, session = f"{server}:{port}{base_url}", requests.Session()
-    session.trust_env = not utils.is_this_machine(server.split("/")[2].strip("[]"))  # which needs no proxy
+    session.trust_env = not utils.is_this_machine(server.rpartition("/")[2].strip("[]"))  # which needs no proxy
     proxied = session.trust_env and requests.utils.get_environ_proxies(root)
     proxy = "; a proxy is between, as http_proxy or https_proxy say: no_proxy can exempt this host" if proxied else ""
     user, password = (os.environ.get(f"VISDOM_{part}", "").encode() for part in ("USERNAME", "PASSWORD"))
@@ -310,12 +299,14 @@ def connect(*, server: str, port: int, env: str, base_url: str = "") -> Any:
                     answer = post(url, data=data or {})
             except requests.RequestException as error:
                 causes = utils.causes(error)
-                wrong = re.search("WRONG_VERSION|aborted", " ".join(map(str, causes)))
-                scheme = "does http or https fit? " if wrong else ""
+                scheme = "does http or https fit? " * bool(
+                    re.search("WRONG_VERSION|aborted", " ".join(map(str, causes)))
+                )
                 raise UserError(f"{scheme}{reason(causes[-1])}{proxy}") from error
             if answer.status_code != 200:
-                hint = HINTS.get(answer.status_code, answer.reason)
-                raise UserError(f"it answers {answer.status_code} ({hint}){proxy}")
+                raise UserError(
+                    f"it answers {answer.status_code} ({HINTS.get(answer.status_code, answer.reason)}){proxy}"
+                )
             return answer.text
 
     return Client(server, port=port, base_url=base_url, env=env, use_incoming_socket=False, raise_exceptions=True)
@@ -374,12 +365,11 @@ def draw_band(axes: Axes, curve: tuple[np.ndarray, np.ndarray, np.ndarray], **st
 
 def draw_task_boundaries(axes: Axes, settings: Sequence[Setting]) -> None:
     """A dotted line where each task begins, unless the settings differ in that."""
-    lengths, tasks = zip(
-        *((setting.first.lengths["solver"], len(setting.first.tasks)) for setting in settings), strict=True
-    )
-    for task in range(max(tasks) if len(set(lengths)) == 1 and max(tasks) <= MANY else 0):
-        axes.axvline(task * lengths[0], color="0.6", linestyle=":", linewidth=1, zorder=0)
-    end = max(length * count for length, count in zip(lengths, tasks, strict=True))
+    runs = [setting.first for setting in settings]
+    lengths, tasks = {run.lengths["solver"] for run in runs}, max(len(run.tasks) for run in runs)
+    for task in range(tasks if len(lengths) == 1 and tasks <= MANY else 0):
+        axes.axvline(task * max(lengths), color="0.6", linestyle=":", linewidth=1, zorder=0)
+    end = max(len(run.tasks) * run.lengths["solver"] for run in runs)
     axes.set(xlim=(0, end), ylim=(0, 1.01), xlabel="solver iterations")
     axes.grid(axis="y", color="0.92")
 
@@ -464,8 +454,7 @@ def average_figure(settings: Sequence[Setting]) -> Figure:
 
 def matrix_figure(settings: Sequence[Setting]) -> Figure | None:
     """The precision matrix of each setting: on task j after task i, whole test sets; None if no run is finished."""
-    settings = [setting for setting in settings if setting.finished]
-    if not settings:
+    if not (settings := [setting for setting in settings if setting.finished]):
         return None
     figure, all_axes = panels(len(settings), settings, height=3.6)
     for axes, setting in zip(all_axes, settings, strict=True):
@@ -508,15 +497,12 @@ def save_animation(settings: Sequence[Setting], path: Path) -> bool:
     moments = sorted(set.intersection(*(set(samples) for _, samples in shown))) if shown else []
     if not moments:
         return False
-    frames = []
+    labels, frames = [textwrap.wrap(setting.label, 34) for setting, _ in shown], []  # as wide as six images
+    top = 18 + 14 * max(map(len, labels))
     for task, iteration in moments[:: -(len(moments) // -FRAMES) * -1][::-1]:  # the last one is among them
         grids = [Image.open(samples[task, iteration]).convert("RGB") for _, samples in shown]
-        labels = [
-            textwrap.wrap(setting.label, grid.width // 6) for grid, (setting, _) in zip(grids, shown, strict=True)
-        ]
-        top, left = 18 + 14 * max(map(len, labels)), 4
         size = sum(grid.width + 8 for grid in grids), max(grid.height for grid in grids) + top + 2
-        frame = Image.new("RGB", size, "white")
+        frame, left = Image.new("RGB", size, "white"), 4
         for grid, label in zip(grids, labels, strict=True):
             text = "\n".join([*label, f"task {task}, iteration {iteration}"])
             ImageDraw.Draw(frame).text((left, 2), text, fill="black")
@@ -557,22 +543,19 @@ def save_figure(runs: Sequence[Run], path: Path) -> None:
 
 def mean_sd(values: Sequence[float], digits: int) -> str:
     """The mean over seeds, ± the standard deviation if there are several; empty if there are none."""
-    if not values:
-        return ""
     deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):z.{digits}f}{deviation}"  # z: no -0.000
+    return f"{np.mean(values):z.{digits}f}{deviation}" if values else ""  # z: no -0.000
 
 
 def cells(setting: Setting) -> dict[str, str]:
     """A setting as a row of a table."""
     run, unfinished = setting.first, len(setting.runs) - len(setting.finished)
     seeds = ", ".join(str(run.seed) for run in setting.finished)
-    digits = {"average precision": 3, "forgetting": 3, "seconds": 0}
-    values = {key: [run.summary[key.replace(" ", "_")] for run in setting.finished] for key in digits}
     row = {"experiment": run.experiment + (f" ({run.data_note})" if run.data_note else ""), "recipe": run.recipe}
     row |= {"replay mode": run.replay_mode, "flags": " ".join(run.flags)}
     row["seeds"] = seeds + (f" ({unfinished} not finished)" if unfinished else "")
-    return row | {key: mean_sd(values[key], digits[key]) for key in digits}
+    digits = {"average_precision": 3, "forgetting": 3, "seconds": 0}
+    return row | {k.replace("_", " "): mean_sd([r.summary[k] for r in setting.finished], n) for k, n in digits.items()}
 
 
 def markdown(rows: Sequence[dict[str, str]]) -> str:
@@ -596,8 +579,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.output and options.output.suffix not in (".png", ".svg", ".pdf"):
         parser.error(f"argument --output: {options.output} must end in .png, .svg or .pdf")
-    settings = itertools.chain(*utils.group_runs(utils.find_runs(options.runs)).values())
-    runs = [run for setting in settings for run in setting.runs]  # each once
+    groups = utils.group_runs(utils.find_runs(options.runs)).values()
+    runs = [run for setting in itertools.chain(*groups) for run in setting.runs]  # each once
     print(table(runs))
     for run in runs if options.visdom else ():
         plots = LivePlots(run, options)

@@ -70,7 +70,7 @@ def live_plots(port: int, seed: int = 0) -> visual.LivePlots:
     config = {"name": "a-run-r0.3", "seed": seed, "recipe": "2017", "flags": [], "options": options}
     config |= {"experiment": "permutated-mnist", "replay_mode": "none", "tasks": ["one", "two"]}
     run = Run(Path("nowhere"), config | {"data": {"checksums": {}, "unverified": []}}, None, [])
-    return visual.LivePlots(run, "127.0.0.1", port)
+    return visual.LivePlots(run, visual.VisdomOptions(visdom_server="127.0.0.1", visdom_port=port))
 
 
 def report_two_tasks(plots: visual.LivePlots) -> None:
@@ -195,7 +195,7 @@ def test_plots_go_on_complete_after_a_server_came_back(capsys, monkeypatch):
     wait_until(lambda: windows <= {post.get("win") for _, post in again.posts})
     plots.close()
     curve = again.newest("precision")["data"][0]
-    assert curve["y"] == [0.5, 0.6, 0.7] and curve["line"]["color"].upper() == visual.task_colour(1)
+    assert curve["y"] == [0.5, 0.6, 0.7] and curve["line"]["color"].upper() == visual.TASK_COLOURS[0]
     again.stop()
 
 
@@ -380,7 +380,7 @@ def test_figures_show_what_the_files_say(results):
     settings = settings_in(results)
     panel = visual.precision_figure(settings).axes[0]
     first = next(line for line in panel.lines if line.get_label() == "task 1: original")
-    assert first.get_ydata() == pytest.approx([0.85, 0.55]) and first.get_color() == visual.task_colour(1)
+    assert first.get_ydata() == pytest.approx([0.85, 0.55]) and first.get_color() == visual.TASK_COLOURS[0]
     assert len(panel.collections) == 2  # a band for each task, of two seeds
     assert {line.get_xdata()[0] for line in panel.lines if line.get_linestyle() == ":"} == {0, 6}
     axes = visual.average_figure(settings).axes[0]
@@ -513,7 +513,7 @@ def test_an_animation_ends_where_the_run_ends(results, monkeypatch):
 
 def test_a_task_has_one_colour_and_seven_differ():
     assert len({visual.task_colour(task) for task in range(1, 8)}) == 7
-    assert visual.task_colour(8) == visual.task_colour(1)
+    assert visual.task_colour(8) == visual.TASK_COLOURS[0]
 
 
 # ---------------------------------------------------------------------------------------------------- progress
