@@ -590,7 +590,9 @@ class Run:
 
     def replay(self, observer: Observer) -> None:
         """Report to an observer what was measured."""
-        for (phase, task, iteration), rows in itertools.groupby(self.rows, key=lambda row: list(row.values())[:3]):
+        for (phase, task, iteration, _), rows in itertools.groupby(
+            self.rows, key=lambda row: (*list(row.values())[:3], bool(PRECISION.fullmatch(row["name"])))
+        ):
             observer.scalars(phase, int(task), int(iteration), {row["name"]: float(row["value"]) for row in rows})
 
     def kept_samples(self) -> dict[tuple[int, int], Path]:

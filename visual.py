@@ -55,7 +55,7 @@ warn_once = cache(warn)
 TASK_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 DASHES = ["-", "--", "-.", (0, (1, 1)), (0, (6, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (3, 1, 1, 1))]
 FEW, NUMBERS, MANY = len(TASK_COLOURS), 12, 20  # tasks; a matrix has room for the numbers of twelve
-IMAGES_PER_ROW, FRAMES = 6, 30  # of a grid; of an animation, at most
+IMAGES_PER_ROW, FRAMES, LABEL_CHARACTERS = 6, 30, 75  # in a grid; in an animation, at most; that fit above a plot
 SERVER = f"visdom server: host, host:port or https://host/path; {utils.LOGIN}"
 SETTING_COLOURS = ["#882255", "#999933", "#117733", "#332288", "#88CCEE", "#CC6677", "#DDCC77"]
 
@@ -140,16 +140,15 @@ class SamplePictures(Observer):
 POST_TIMEOUT = (2.0, 3.0)  # seconds to connect, and to wait for an answer
 WINDOW = {"width": 600, "height": 340, "marginright": 20, "margintop": 64, "marginbottom": 76}  # two in 1280 pixels
 SAMPLES_WINDOW = {"width": 340, "height": 340}
-LABEL_CHARACTERS, POINTS = 75, 20_000  # characters that fit above a plot; points in a window, at most
 HINTS = {302: "a page to log in?", 400: utils.LOGIN, 401: utils.LOGIN, 404: "is visdom below another path?"}
 
 
 class LivePlots(Observer):
     """Live plots of a run on a visdom server, in an environment named after the run. Training never waits for them.
 
-    There is a window for precision and for each loss, with a curve per task in the task's colour and a dotted line
-    where each task begins. A separate thread posts the newest state of each window, always whole: a slow server gets
-    fewer updates, one that comes back gets complete plots. Windows of an earlier run of the same name are closed.
+    A window for precision and one for each loss, with a curve per task in its colour and a dotted line where it begins;
+    many tasks share one curve per loss. A separate thread posts the newest state of each window, always whole: a slow
+    server gets fewer updates, one that comes back complete plots. Windows of an earlier run of this name are closed.
     """
 
     RETRY_SECONDS, CLOSE_SECONDS = 10.0, 5.0
@@ -183,12 +182,12 @@ class LivePlots(Observer):
 
     def scalars(self, phase: str, task: int, iteration: int, values: dict[str, float]) -> None:
         with self._changed:
+            mean, at = sum(values.values()) / max(1, len(values)), (task - 1) * self._lengths.get(phase, 0) + iteration
             for name, value in values.items() if phase in self._lengths else ():
-                at = (task - 1) * self._lengths[phase] + iteration
                 window, curve = f"{phase} {name}", 0 if self._many else task
                 if found := PRECISION.fullmatch(name):
                     window, curve = "precision", int(found[1])
-                    self._curves[window].get(0, {})[at] = sum(values.values()) / len(values)  # if there is an average
+                    self._curves[window].get(0, {})[at] = mean  # if there is an average
                 self._curves.setdefault(window, {}).setdefault(curve, {})[at] = value
                 self._post(**{window: partial(self._line, window)})
 
@@ -214,9 +213,10 @@ class LivePlots(Observer):
 
     def _line(self, window: str) -> tuple[str, dict[str, Any]]:
         """The curves of a window as columns of one matrix, with NaN for missing points."""
-        curves, phase = self._curves[window], "solver" if window == "precision" else window.split()[0]
-        x = sorted(set().union(*curves.values())) or [0]
-        x = x[:: -(len(x) * len(curves) // POINTS + 1)][::-1]  # the newest is among them
+        phase = "solver" if window == "precision" else window.split()[0]
+        curves = dict(sorted(self._curves[window].items(), reverse=self._many))  # an average is drawn last
+        x, length = sorted(set().union(*curves.values())) or [0], self._lengths[phase]
+        x = [at for at in x if len(self._titles) <= MANY or at % length == 0 or at == x[-1]]  # after each task, and now
         y = np.array([[curve.get(at, np.nan) for curve in curves.values()] for at in x])
         loss = window.removeprefix(f"{phase} ").replace("-", " ")
         title = loss if phase in loss or window == "precision" else f"{phase} {loss}"
@@ -225,20 +225,22 @@ class LivePlots(Observer):
         opts["legend"] = [names[task] for task in curves]
         opts["linecolor"] = np.array([list(bytes.fromhex(self._colours[task][1:])) for task in curves])
         if window == "precision":
-            opts |= {"ylabel": "precision (share of test images)", "ytickmin": 0, "ytickmax": 1.01}
+            share = "black: average" if self._many else "share of test images"
+            opts |= {"ylabel": f"precision ({share})", "ytickmin": 0, "ytickmax": 1.01}
             opts |= {"markers": not self._many, "markersize": 4, "markerborderwidth": 0}  # so that a single point shows
-            opts["traceopts"] = {"plotly": {"average": {"line": {"width": 4}}}}
+        if self._many:
+            lines = {names[t]: {"line": {"color": self._colours[t], "width": 1 if t else 2.5}} for t in curves}
+            opts |= {"traceopts": {"plotly": lines}, "showlegend": False}
         dots = {"color": "#808080", "dash": "dot", "width": 1.5}
         line = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "line": dots}
         label = {"y": 1, "xanchor": "left", "yanchor": "bottom", "showarrow": False, "yref": "paper"}
-        begun = max(1, -(-x[-1] // self._lengths[phase]))
-        shown = {task: (task - 1) * self._lengths[phase] for task in range(1, begun + 1, -(-begun // MANY))}
+        begun = max(1, -(-x[-1] // length))
+        shown = {task: (task - 1) * length for task in range(1, begun + 1, -(-begun // MANY))}
         shapes = [line | {"x0": at, "x1": at} for at in shown.values()]
         fonts = {task: {"size": 11, "color": self._colours[task]} for task in shown}
         labels = [label | {"x": shown[task], "text": self._labels[task - 1], "font": fonts[task]} for task in shown]
         legend = {"orientation": "h", "y": -0.31, "yanchor": "top"}
-        layout = {"shapes": shapes, "annotations": labels, "legend": legend, "showlegend": len(curves) <= MANY}
-        opts["layoutopts"] = {"plotly": layout}
+        opts["layoutopts"] = {"plotly": {"shapes": shapes, "annotations": labels, "legend": legend}}
         # visdom takes a single column for several points of one curve.
         return "line", {"X": np.array(x), "Y": y if y.shape[1] > 1 else y[:, 0], "opts": opts}
 
@@ -270,8 +272,7 @@ class LivePlots(Observer):
                     self._warned = True
                 with self._changed:
                     self._pending = dict(self._newest)  # all of them: a restarted server has none
-                    end = isinstance(error, ImportError)
-                    if end or self._changed.wait_for(lambda: self._closing, timeout=self.RETRY_SECONDS):
+                    if self._changed.wait_for(lambda: self._closing, timeout=self.RETRY_SECONDS):
                         return
 
 
@@ -550,9 +551,9 @@ def mean_sd(values: Sequence[float], digits: int) -> str:
 def cells(setting: Setting) -> dict[str, str]:
     """A setting as a row of a table."""
     run, unfinished = setting.first, len(setting.runs) - len(setting.finished)
-    seeds = ", ".join(str(run.seed) for run in setting.finished)
     row = {"experiment": run.experiment + (f" ({run.data_note})" if run.data_note else ""), "recipe": run.recipe}
     row |= {"replay mode": run.replay_mode, "flags": " ".join(run.flags)}
+    seeds = ", ".join(str(run.seed) for run in setting.finished)
     row["seeds"] = seeds + (f" ({unfinished} not finished)" if unfinished else "")
     digits = {"average_precision": 3, "forgetting": 3, "seconds": 0}
     return row | {k.replace("_", " "): mean_sd([r.summary[k] for r in setting.finished], n) for k, n in digits.items()}
@@ -579,8 +580,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.output and options.output.suffix not in (".png", ".svg", ".pdf"):
         parser.error(f"argument --output: {options.output} must end in .png, .svg or .pdf")
-    groups = utils.group_runs(utils.find_runs(options.runs)).values()
-    runs = [run for setting in itertools.chain(*groups) for run in setting.runs]  # each once
+    runs = [run for group in utils.group_runs(utils.find_runs(options.runs)).values() for s in group for run in s.runs]
     print(table(runs))
     for run in runs if options.visdom else ():
         plots = LivePlots(run, options)
