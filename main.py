@@ -143,8 +143,10 @@ def parse(arguments: list[str]) -> Options:
     check_replay(parser, options, recipe)
     check_networks(parser, options)
     if options.tasks:
-        stems = [re.sub(r"[^A-Za-z0-9_.-]", "_", Path(task).stem).lstrip(".") or "task" for task in options.tasks]
-        options.experiment = "+".join(stems)[:100]
+        stems = [
+            re.sub(r"[^\w.\-\u00a1-\ud7ff\ue000-\U0010ffff]", "_", Path(t).stem).lstrip(".") for t in options.tasks
+        ]
+        options.experiment = "+".join(stem or "task" for stem in stems).encode()[:100].decode(errors="ignore")
         if options.experiment in data.EXPERIMENTS:
             options.experiment = f"own-{options.experiment}"
     written = DIRECTORIES if options.train else ("sample_dir",)

@@ -107,7 +107,7 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
 
 
 ADDRESS = re.compile(r"(?:(https?)://)?([\w.-]+|\[[\da-fA-F:.]+\])(?::(\d{1,5}))?(/[^\s?#@]*)?")  # of a visdom server
-LOGIN = "the environment variables VISDOM_USERNAME and VISDOM_PASSWORD hold a login"
+LOGIN = "a login is read from the environment variables VISDOM_USERNAME and VISDOM_PASSWORD"
 
 
 def address(text: str) -> str:

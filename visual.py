@@ -301,7 +301,7 @@ def connect(*, server: str, port: int, env: str, base_url: str = "") -> Any:
             except requests.RequestException as error:
                 causes = utils.causes(error)
                 scheme = "does http or https fit? " * bool(
-                    re.search("WRONG_VERSION|aborted", " ".join(map(str, causes)))
+                    re.search("WRONG_VERSION|handshake|aborted", " ".join(map(str, causes)))
                 )
                 raise UserError(f"{scheme}{reason(causes[-1])}{proxy}") from error
             if answer.status_code != 200:
