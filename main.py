@@ -143,12 +143,9 @@ def parse(arguments: list[str]) -> Options:
     check_replay(parser, options, recipe)
     check_networks(parser, options)
     if options.tasks:
-        stems = [
-            re.sub(r"[^\w.\-\u00a1-\ud7ff\ue000-\U0010ffff]", "_", Path(t).stem).lstrip(".") for t in options.tasks
-        ]
-        options.experiment = "+".join(stem or "task" for stem in stems).encode()[:100].decode(errors="ignore")
-        if options.experiment in data.EXPERIMENTS:
-            options.experiment = f"own-{options.experiment}"
+        stems = "+".join(Path(task).stem.lstrip(".") or "task" for task in options.tasks)
+        name = re.sub(r"[^\w.+\-\xa1-\ud7ff\ue000-\U0010ffff]", "_", stems).encode()[:100].decode(errors="ignore")
+        options.experiment = f"own-{name}" if name in data.EXPERIMENTS else name
     written = DIRECTORIES if options.train else ("sample_dir",)
     for directory in written:
         if problem := utils.not_writable(getattr(options, directory)):
