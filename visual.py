@@ -49,6 +49,8 @@ rcParams.update({"text.parse_math": False, "axes.titlesize": "medium", "figure.t
 CJK = re.compile("CJK|Han Sans|Hei|Gothic|Nanum|Hiragino|PingFang|Unifont")  # fonts with what matplotlib's own lacks
 rcParams["font.family"] += sorted({font.name for font in font_manager.fontManager.ttflist if CJK.search(font.name)})
 warn_once = cache(warn)
+for name in ("visdom", "urllib3", "matplotlib.font_manager"):  # which say what warnings here say better
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 # Colours of a few tasks (Okabe and Ito's, which colour-blind readers can tell apart), and dashes, for prints in grey.
 # More tasks go from dark to light, with an average curve; many have no legend. Colours of settings are Paul Tol's.
@@ -281,8 +283,6 @@ def connect(*, server: str, port: int, env: str, base_url: str = "") -> Any:
     import requests
     import visdom
 
-    for name in ("visdom", "urllib3"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     root, session = f"{server}:{port}{base_url}", requests.Session()
     session.trust_env = not utils.is_this_machine(server.rpartition("/")[2].strip("[]"))  # which needs no proxy
     proxied = session.trust_env and requests.utils.get_environ_proxies(root)
