@@ -375,13 +375,13 @@ def draw_task_boundaries(axes: Axes, settings: Sequence[Setting]) -> None:
     axes.grid(axis="y", color="0.92")
 
 
-def panels(count: int, settings: Sequence[Setting], height: float = 3.4) -> tuple[Figure, list[Axes]]:
-    """A figure with so many plots, at most four in a row, and a title for the settings."""
-    rows = -(-count // 4)
-    columns = -(-count // rows)
-    figure = Figure(figsize=(0.8 + 3.0 * columns, height * rows), layout="constrained")
+def panels(n: int, settings: Sequence[Setting], height: float = 3.4, width: float = 3.8) -> tuple[Figure, list[Axes]]:
+    """A figure with n plots, at most four in a row, and a title for the settings."""
+    rows = -(-n // 4)
+    columns = -(-n // rows)
+    figure = Figure(figsize=(width + 3.0 * (columns - 1), height * rows), layout="constrained")
     figure.suptitle(textwrap.fill(figure_title(settings), int(11 * figure.get_figwidth())))
-    return figure, [figure.add_subplot(rows, columns, number + 1) for number in range(count)]
+    return figure, [figure.add_subplot(rows, columns, number + 1) for number in range(n)]
 
 
 def figure_title(settings: Sequence[Setting]) -> str:
@@ -444,8 +444,7 @@ def setting_styles(settings: Sequence[Setting]) -> list[dict[str, Any]]:
 
 def average_figure(settings: Sequence[Setting]) -> Figure:
     """Average precision on the tasks so far, all settings in one plot."""
-    figure, (axes,) = panels(1, settings, height=4)
-    figure.set_figwidth(6.4)
+    figure, (axes,) = panels(1, settings, height=4, width=6.4)
     for setting, style in zip(settings, setting_styles(settings), strict=True):
         draw_band(axes, setting.curve(Run.average_precision), **style)
     draw_task_boundaries(axes, settings)

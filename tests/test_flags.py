@@ -152,7 +152,7 @@ def test_own_data_have_names_of_their_own_in_any_language(tmp_path, monkeypatch)
     ]
     for file in files:
         Path(file).touch()
-    names = [parse("--tasks", file).experiment for file in files]
+    names = [main.parse(["--train", "--tasks", file]).experiment for file in files]
     assert names[:6] == ["\u6570\u5b57", "\u6587\u5b57", "\u0e17\u0e35\u0e48", "caf\u00e9", "a_b", "own-mnist-svhn"]
     assert len(names[6].encode()) <= 100
 
