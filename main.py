@@ -152,10 +152,9 @@ def parse(arguments: list[str]) -> Options:
     check_replay(parser, options, recipe)
     check_networks(parser, options)
     if options.tasks:
-        stems = [re.sub(r"[^A-Za-z0-9_.-]", "_", Path(task).stem).lstrip(".") or "task" for task in options.tasks]
-        options.experiment = "+".join(stems)[:100]
-        if options.experiment in data.EXPERIMENTS:
-            options.experiment = f"own-{options.experiment}"
+        stems = "+".join(Path(task).stem.lstrip(".") or "task" for task in options.tasks)
+        name = re.sub(r"[^\w.+\-\xa1-\ud7ff\ue000-\U0010ffff]", "_", stems).encode()[:100].decode(errors="ignore")
+        options.experiment = f"own-{name}" if name in data.EXPERIMENTS else name
     written = DIRECTORIES if options.train else ("sample_dir",)
     for directory in written:
         if problem := utils.not_writable(getattr(options, directory)):
@@ -316,7 +315,7 @@ def make_observers(options: Options, tasks: int) -> list[utils.Observer]:
         observers += [visual.SamplePictures(lambda *at: visual.kept_sample(log, *at), options.sample_log_interval)]
     try:
         if not options.no_visdom:
-            observers += [visual.LivePlots(Run.read(results), options.visdom_server, options.visdom_port)]
+            observers += [visual.LivePlots(Run.read(results), options)]
         if options.tensorboard:
             observers += [visual.TensorBoard(Run.read(results))]
     except UserError as error:  # a full disk, say: training goes on

@@ -9,11 +9,13 @@ import contextlib
 import csv
 import fcntl
 import io
+import itertools
 import json
 import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -104,6 +106,17 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
         target.add_argument(flag(f.name), default=default, help=help.replace("%", "%%"), **settings)
 
 
+ADDRESS = re.compile(r"(?:(https?)://)?([\w.-]+|\[[\da-fA-F:.]+\])(?::(\d{1,5}))?(/[^\s?#@]*)?")  # of a visdom server
+LOGIN = "a login is read from the environment variables VISDOM_USERNAME and VISDOM_PASSWORD"
+
+
+def address(text: str) -> str:
+    """Check an address. What can't be one is not printed: it may hold a password."""
+    if not ADDRESS.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"it takes host, host:8097 or https://host/path; {LOGIN}")
+    return text
+
+
 @dataclass(frozen=True, kw_only=True)
 class FileOptions:
     seed: int = option(0, "random seed of everything but the permutations", low=0, group="seed and files")
@@ -143,7 +156,7 @@ def run_program(main: Callable[[], None]) -> None:
     except UserError as error:
         fail(f"error: {error}")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(messages(error)):
+        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(" ".join(map(str, causes(error)))):
             raise
         smaller = "--batch-size, --solver-channel-size or --generator-c-channel-size and --generator-g-channel-size"
         fail(f"error: out of memory: try a smaller {smaller}, or --dtype=bfloat16")
@@ -157,9 +170,9 @@ def run_program(main: Callable[[], None]) -> None:
         fail("stopped")
 
 
-def messages(error: BaseException | None) -> str:
-    """The messages of an error and of those behind it: CUDA graphs hide a lack of memory behind their own error."""
-    return "" if error is None else f"{error} {messages(error.__context__)}"
+def causes(error: BaseException | None) -> list[BaseException]:
+    """An error and those behind it: CUDA graphs hide a lack of memory behind their own error."""
+    return [] if error is None else [error, *causes(error.__context__)]
 
 
 def discard_output() -> None:
@@ -183,10 +196,12 @@ def warn(message: str) -> None:
 
 def reason(error: BaseException) -> str:
     """An exception as a few words on one line."""
+    if isinstance(error, FileExistsError):
+        return "a directory can't be made there: a file or a link to nothing is in its place"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error.args[0]) if isinstance(error, OSError) and error.args else str(error)  # without a file's name
-    return " ".join(text.split()) or type(error).__name__
+    return "".join(filter(str.isprintable, " ".join(text.split()))) or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -260,7 +275,9 @@ def not_writable(directory: Path) -> str | None:
     """Why no file can be made in a directory, which need not exist yet; None if nothing speaks against it."""
     existing = directory
     try:
-        existing = next((path for path in (directory, *directory.parents) if path.exists()), directory)
+        existing = next((path for path in (directory, *directory.parents) if os.path.lexists(path)), directory)
+        if existing.is_symlink() and not existing.exists():
+            return f"{existing} is a link to {os.readlink(existing)}, which is not there"
         if not existing.is_dir():
             return f"{existing} is not a directory"
         with tempfile.TemporaryFile(dir=existing):
@@ -410,8 +427,19 @@ def commit() -> str | None:
     command = ["git", "-C", str(Path(__file__).parent), *describe]
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError) as error:
+        if Path(__file__).with_name(".git").exists():  # as in a checkout of another owner
+            said = " ".join((getattr(error, "stderr", None) or reason(error)).split())
+            warn(f"the commit is not recorded: {said}; or put it into {COMMIT}")
         return None
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether a host is the machine this runs on: a socket can have only its addresses."""
+    with contextlib.suppress(OSError), socket.socket() as one:
+        one.bind((host, 0))
+        return True
+    return host == "::1"
 
 
 class Observer:
@@ -487,6 +515,7 @@ Curve = dict[int, float]  # values by iterations since the start of the run
 PRECISION = re.compile(r"precision-(\d+)")  # the name of a scalar: precision on task 1, 2, ...; all others are losses
 SAMPLES = "samples.png"  # the newest sample grid, in the result directory
 SUMMARY_KEYS = ("precision", "average_precision", "forgetting", "seconds")
+CONFIG = {"name": str, "experiment": str, "replay_mode": str, "recipe": str, "seed": int, "flags": list, "tasks": list}
 
 
 class Run:
@@ -500,30 +529,40 @@ class Run:
     ):
         with reading(directory, f"{directory}: not the files of a run"):
             self.directory, self.config, self.summary, self.rows = directory, config, summary, rows
-            for key in SUMMARY_KEYS if summary is not None else ():
-                summary[key]
+            for key, kind in CONFIG.items():
+                if not isinstance(config[key], kind):
+                    raise TypeError(f"config.json: {key} is {config[key]!r}")
             self.options = config["options"]
             self.name, self.seed, self.recipe, self.flags = (config[key] for key in ("name", "seed", "recipe", "flags"))
             self.experiment, self.replay_mode = config["experiment"], config["replay_mode"]
             titles = {name.replace("-", ""): title for name, title in self.unofficial.items()}
             tasks = [titles.get(task.lower().replace("-", ""), task) for task in config["tasks"]]
             self.tasks = [task.encode(errors="replace").decode() for task in tasks]  # file names may not be UTF-8
-            self.lengths = {phase: self.options.get(f"{phase}_iterations", 1) for phase in ("generator", "solver")}
+            self.lengths = {p: int(self.options.get(f"{p}_iterations", 1)) for p in ("generator", "solver")}
+            hash((self.setting, " ".join(self.flags)))  # which read the rest of config.json
+            for key in SUMMARY_KEYS if summary is not None else ():
+                values = list(itertools.chain(*summary[key])) if key == "precision" else [summary[key]]
+                if not all(isinstance(v, int | float) or (v is None and key == "precision") for v in values):
+                    raise TypeError(f"summary.json: {key} is {summary[key]!r}")
             self.curves: dict[tuple[str, str], Curve] = {}  # by phase and name
-            for row in rows:
-                if row["phase"] in self.lengths:
-                    at = (int(row["task"]) - 1) * self.lengths[row["phase"]] + int(row["iteration"])
-                    self.curves.setdefault((row["phase"], row["name"]), {})[at] = float(row["value"])
+            try:
+                for line, row in enumerate(rows, start=2):  # noqa: B007
+                    task, iteration, value = int(row["task"]), int(row["iteration"]), float(row["value"])
+                    if length := self.lengths.get(row["phase"]):
+                        self.curves.setdefault((row["phase"], row["name"]), {})[(task - 1) * length + iteration] = value
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"metrics.csv: line {line} is {dict(row)}") from error
 
     @classmethod
     def read(cls, directory: Path) -> "Run":
         """The run whose result directory this is."""
         with reading(directory, f"{directory}: not the files of a run"):
-            config = json.loads((directory / "config.json").read_text())
-            summary = directory / "summary.json"
-            outcome = json.loads(summary.read_text()) if summary.exists() else None
-            with (directory / "metrics.csv").open(newline="") as file:
-                return cls(directory, config, outcome, list(csv.DictReader(file)))
+            config, summary = json.loads((directory / "config.json").read_bytes()), directory / "summary.json"
+            outcome = json.loads(summary.read_bytes()) if summary.exists() else None
+            metrics = (directory / "metrics.csv").read_text(encoding="utf-8-sig")  # a spreadsheet adds a mark
+            metrics = metrics if outcome else metrics[: metrics.rfind("\n") + 1]  # a line may be under way
+            rows = csv.DictReader(io.StringIO(metrics), delimiter=";" if ";" in metrics[:30] else ",")
+            return cls(directory, config, outcome, list(rows))
 
     @property
     def setting(self) -> tuple[Any, ...]:
@@ -555,10 +594,17 @@ class Run:
         values = {x: [curve[x] for curve in curves if x in curve] for x in sorted(set().union(*curves))}
         return {x: sum(ys) / len(ys) for x, ys in values.items()}
 
+    def replay(self, observer: Observer) -> None:
+        """Report to an observer what was measured."""
+        for (phase, task, iteration, _), rows in itertools.groupby(
+            self.rows, key=lambda row: (*list(row.values())[:3], bool(PRECISION.fullmatch(row["name"])))
+        ):
+            observer.scalars(phase, int(task), int(iteration), {row["name"]: float(row["value"]) for row in rows})
+
     def kept_samples(self) -> dict[tuple[int, int], Path]:
         """The pictures of --sample-log by task and iteration, in order."""
         renamed = re.search(r"(~\d+)?$", self.directory.name)[0]  # with the rest of the run, when a later one began
-        paths = (Path(self.options["sample_dir"]) / f"{self.name}{renamed}").glob("*.jpg")
+        paths = (Path(str(self.options.get("sample_dir", ""))) / f"{self.name}{renamed}").glob("*.jpg")
         numbers = ((re.fullmatch(r"task-(\d+)-iteration-(\d+)", path.stem), path) for path in paths)
         found = {(int(found[1]), int(found[2])): path for found, path in numbers if found}
         tasks, length = len(self.tasks), self.lengths["generator"]
@@ -574,9 +620,9 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
 
     Leaves out runs that a later one has renamed, and with a warning those that can't be read.
     """
-    runs: dict[Path, Run] = {}
+    runs, broken = {}, []
     for path in paths:
-        found, seen = [], set()
+        found, unread, seen = [], [], set()
         for directory, inside, files in os.walk(path, followlinks=True):
             inside.sort()
             if (real := os.path.realpath(directory)) in seen:
@@ -585,11 +631,16 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
                 try:
                     found.append(Run.read(Path(directory)))
                 except UserError as error:
-                    warn(str(error))
+                    unread.append(error)
             seen.add(real)
-        found = found or [Run.read(path)]  # which says what is wrong
+        found = found or ([] if unread else [Run.read(path)])  # which says what is wrong
+        broken += unread
         newest = [run for run in found if not run.directory.name.startswith(f"{run.name}~")]
         runs |= {run.directory.resolve(): run for run in newest or found[:1]}
+    for error in broken[not runs :]:
+        warn(str(error))
+    if not runs:
+        raise broken[0]
     return list(runs.values())
 
 
@@ -610,10 +661,10 @@ class Setting:
         """The precision matrix, averaged over seeds; NaN where nothing was measured."""
         return np.mean([np.array(run.summary["precision"], dtype=float) for run in self.finished], axis=0)
 
-    def curve(self, of: Callable[[Run], Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Iterations, mean and standard deviation over seeds, wherever all runs were measured."""
-        curves = [of(run) for run in self.shown]
-        xs = sorted(set.intersection(*map(set, curves)))
+    def curve(self, of: Callable[[Run], Curve], ends: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Iterations, mean and standard deviation over seeds, wherever all runs were measured, or at ends of tasks."""
+        curves, every = [of(run) for run in self.shown], self.first.lengths["solver"] if ends else 1
+        xs = sorted(x for x in set.intersection(*map(set, curves)) if x % every == 0)
         ys = np.array([[curve[x] for x in xs] for curve in curves])
         return np.array(xs), ys.mean(axis=0), ys.std(axis=0, ddof=min(1, len(ys) - 1))
 
@@ -627,7 +678,7 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Setting]]:
     same: dict[Any, dict[int, Run]] = {}
     order = [(rank.get(run.experiment, 99), rank.get(run.replay_mode, 99), not run.summary) for run in runs]
     for _, run in sorted(zip(order, runs, strict=True), key=lambda pair: pair[0]):
-        seeds = same.setdefault(run.setting, {})
+        seeds = same.setdefault((run.setting, len(run.tasks)), {})
         if seeds.setdefault(run.seed, run) is not run:
             warn(f"{run.directory} is left out: it is the same run as {seeds[run.seed].directory}")
     experiments: dict[str, list[Setting]] = {}

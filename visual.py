@@ -13,24 +13,30 @@ import contextlib
 import itertools
 import logging
 import os
+import re
 import sys
 import textwrap
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-os.environ["MPLBACKEND"] = "agg"  # figures are saved, not shown; a notebook's backend may not be installed here
+if backend := os.environ.pop("MPLBACKEND", ""):  # a notebook's may not be installed here, and no figure needs one
+    import matplotlib
+
+    with contextlib.suppress(ValueError):
+        os.environ["MPLBACKEND"] = matplotlib.rcParams["backend"] = backend
 
 import numpy as np
-from matplotlib import rc_context, rcParams
+from matplotlib import cm, colormaps, colors, font_manager, rc_context, rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
-from PIL.Image import registered_extensions
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
@@ -40,23 +46,32 @@ from utils import MODES, PRECISION, Curve, Observer, Run, Setting, UserError, at
 
 # Titles hold names of files, and those may have dollars.
 rcParams.update({"text.parse_math": False, "axes.titlesize": "medium", "figure.titlesize": "medium"})
+CJK = re.compile("CJK|Han Sans|Hei|Gothic|Nanum|Hiragino|PingFang|Unifont")  # fonts with what matplotlib's own lacks
+rcParams["font.family"] += sorted({font.name for font in font_manager.fontManager.ttflist if CJK.search(font.name)})
+warn_once = cache(warn)
+for name in ("visdom", "urllib3", "matplotlib.font_manager"):  # which say what warnings here say better
+    logging.getLogger(name).setLevel(logging.ERROR)
 
-# Colours of tasks, in every figure (Okabe and Ito's, which colour-blind readers can tell apart), and dashes, for prints
-# in grey; both are repeated after seven tasks. Colours of settings are Paul Tol's muted ones.
+# Colours of a few tasks (Okabe and Ito's, which colour-blind readers can tell apart), and dashes, for prints in grey.
+# More tasks go from dark to light, with an average curve; many have no legend. Colours of settings are Paul Tol's.
 TASK_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 DASHES = ["-", "--", "-.", (0, (1, 1)), (0, (6, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (3, 1, 1, 1))]
+FEW, NUMBERS, MANY = len(TASK_COLOURS), 12, 20  # tasks; a matrix has room for the numbers of twelve
+IMAGES_PER_ROW, FRAMES, LABEL_CHARACTERS = 6, 30, 75  # in a grid; in an animation, at most; that fit above a plot
+SERVER = f"visdom server: host, host:port or https://host/path; {utils.LOGIN}"
 SETTING_COLOURS = ["#882255", "#999933", "#117733", "#332288", "#88CCEE", "#CC6677", "#DDCC77"]
 
 
-def task_colour(task: int) -> str:
-    """The colour of task 1, 2, ..."""
-    return TASK_COLOURS[(task - 1) % len(TASK_COLOURS)]
+def task_colours(tasks: int) -> list[str]:
+    """The colours of task 1, 2, ..., the same in every figure."""
+    return TASK_COLOURS if tasks <= FEW else list(map(colors.to_hex, colormaps["viridis"](np.linspace(0, 0.93, tasks))))
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisdomOptions:
-    visdom_server: str = option("localhost", "host of the visdom server", None, metavar="HOST", group="live plots")
-    visdom_port: int = option(8097, "port of the visdom server", None, low=1, high=65535)
+    visdom_server: str = option("localhost", SERVER, None, parse=utils.address, metavar="ADDRESS", group="live plots")
+    visdom_port: int = option(8097, "port of the visdom server, if its address has none", None, low=1, high=65535)
+    visdom_env: str | None = option(None, "environment for live plots (default: the run's own)", None, metavar="NAME")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,46 +84,40 @@ class Progress(Observer):
     """A bar for each phase on a terminal; a line for each phase elsewhere."""
 
     def __init__(self, tasks: int):
-        self._tasks, self._bar, self._values = tasks, None, {}
+        self._tasks, self._bar = tasks, tqdm(disable=True)
 
     def begin(self, phase: str, task: int, iterations: int, done: int) -> None:
         self._title, self._left = f"task {task}/{self._tasks} {phase}", iterations - done
-        self._values, self._started = {}, time.monotonic()
-        if sys.stderr.isatty():
-            self._bar = tqdm(desc=self._title, total=iterations, initial=done, file=sys.stderr, dynamic_ncols=True)
+        self._values, self._summary, self._started = {}, "", time.monotonic()
+        how = {"file": sys.stderr, "dynamic_ncols": True, "disable": not sys.stderr.isatty()}
+        how["bar_format"] = "{l_bar}{bar}| {n_fmt}/{total_fmt} {remaining}{postfix}"  # values have room in 80 columns
+        self._bar = tqdm(desc=self._title, total=iterations, initial=done, **how)
 
     def step(self, iteration: int) -> None:
-        if self._bar is not None:
-            self._bar.update()
+        self._bar.update()
 
     def scalars(self, phase: str, task: int, iteration: int, values: dict[str, float]) -> None:
+        if len(values) > 3 and "precision-1" in values:
+            values = {"average precision": sum(values.values()) / len(values)}
         self._values |= values
-        if self._bar is not None:
-            self._bar.set_postfix_str(self._summary(), refresh=False)
+        self._summary = ", ".join(f"{name} {value:.3f}" for name, value in self._values.items())
+        self._bar.set_postfix_str(self._summary, refresh=False)
 
     def end(self, phase: str, task: int) -> None:
-        if self._bar is None:
+        if self._bar.disable:
             seconds = time.monotonic() - self._started
             with contextlib.suppress(OSError):  # the terminal may have gone
-                print(f"{self._title}: {self._left} iterations in {seconds:.0f} s, {self._summary()}", file=sys.stderr)
+                print(f"{self._title}: {self._left} iterations in {seconds:.0f} s, {self._summary}", file=sys.stderr)
         self.close()
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def _summary(self) -> str:
-        return ", ".join(f"{name} {value:.3f}" for name, value in self._values.items())
-
-
-IMAGES_PER_ROW = 6
+        self._bar.close()
 
 
 def save_samples(images: Tensor, path: Path) -> None:
     """Save images (n, channels, height, width) float in [0, 1] as one picture, six per row."""
     with atomic_write(path, "wb") as file:
-        save_image(images.cpu(), file, nrow=IMAGES_PER_ROW, format=registered_extensions()[path.suffix])
+        save_image(images.cpu(), file, nrow=IMAGES_PER_ROW, format=Image.registered_extensions()[path.suffix])
 
 
 def kept_sample(directory: Path, task: int, iteration: int) -> Path:
@@ -120,8 +129,7 @@ class SamplePictures(Observer):
     """Saves pictures of samples through training, each where `place(task, iteration)` says."""
 
     def __init__(self, place: Callable[[int, int], Path], image_interval: int):
-        self.place = place
-        self.image_interval = image_interval
+        self.place, self.image_interval = place, image_interval
 
     def images(self, task: int, iteration: int, images: Tensor) -> None:
         path = self.place(task, iteration)
@@ -134,42 +142,39 @@ class SamplePictures(Observer):
 POST_TIMEOUT = (2.0, 3.0)  # seconds to connect, and to wait for an answer
 WINDOW = {"width": 600, "height": 340, "marginright": 20, "margintop": 64, "marginbottom": 76}  # two in 1280 pixels
 SAMPLES_WINDOW = {"width": 340, "height": 340}
-LABEL_CHARACTERS = 75  # that fit above a plot
-
-
-def replay_scalars(run: Run, observer: Observer) -> None:
-    """Report to an observer what the files of a run already hold."""
-    when = ("phase", "task", "iteration")
-    for (phase, task, iteration), rows in itertools.groupby(run.rows, key=lambda row: [row[part] for part in when]):
-        observer.scalars(phase, int(task), int(iteration), {row["name"]: float(row["value"]) for row in rows})
-
-
-Post = tuple[str, dict[str, Any]]  # a method of a visdom client, and its arguments
+HINTS = {302: "a page to log in?", 400: utils.LOGIN, 401: utils.LOGIN, 404: "is visdom below another path?"}
 
 
 class LivePlots(Observer):
     """Live plots of a run on a visdom server, in an environment named after the run. Training never waits for them.
 
-    There is a window for precision and for each loss, with a curve per task in the task's colour and a dotted line
-    where each task begins. A separate thread posts the newest state of each window, always whole: a slow server gets
-    fewer updates, one that comes back gets complete plots. Windows of an earlier run of the same name are closed.
+    A window for precision and one for each loss, with a curve per task in its colour and a dotted line where it begins;
+    many tasks share one curve per loss. A separate thread posts the newest state of each window, always whole: a slow
+    server gets fewer updates, one that comes back complete plots. Windows of an earlier run of this name are closed.
     """
 
-    RETRY_SECONDS = 10.0
-    CLOSE_SECONDS = 5.0
+    RETRY_SECONDS, CLOSE_SECONDS = 10.0, 5.0
 
-    def __init__(self, run: Run, server: str, port: int):
-        self.image_interval = run.options["image_log_interval"]
-        self._lengths, self._titles, self._address = run.lengths, run.task_titles, f"{server}:{port}"
-        environment = run.name.replace("_", "-") + (f"-seed-{run.seed}" if run.seed else "")
-        self._connection = {"server": server, "port": port, "env": environment}
-        self._curves: dict[str, dict[int, Curve]] = {"precision": {1: {}}}  # of each window, by task
-        self._newest: dict[str, Callable[[], Post]] = {}  # functions that make the newest state of each window
-        self._pending: dict[str, Callable[[], Post]] = {}  # those of them that are not posted yet
+    def __init__(self, run: Run, options: VisdomOptions):
+        self.image_interval = run.options.get("image_log_interval")
+        self._lengths, self._titles, self._many = run.lengths, run.task_titles, len(run.tasks) > FEW
+        short = [f"task {task}" if len(run.tasks) <= 10 else str(task) for task in range(1, len(run.tasks) + 1)]
+        self._labels = self._titles if sum(map(len, self._titles)) <= LABEL_CHARACTERS else short
+        self._colours = ["#000000", *task_colours(len(run.tasks))]  # at 0, of an average or of all tasks
+        name = run.name.replace("_", "-") + (f"-seed-{run.seed}" if run.seed else "")
+        self._before = f"{name}: " if options.visdom_env else ""  # a title: others may use that environment too
+        scheme, host, port, path = utils.ADDRESS.fullmatch(options.visdom_server).groups(default="")
+        port = int(port or (443 if scheme == "https" and options.visdom_port == 8097 else options.visdom_port))
+        self._connection = {"server": f"{scheme or 'http'}://{host}", "port": port, "base_url": path.rstrip("/")}
+        self.address = "{server}:{port}{base_url}".format(**self._connection)
+        self._connection["env"] = options.visdom_env or name
+        self._curves: dict[str, dict[int, Curve]] = {"precision": {0 if self._many else 1: {}}}  # of each window
+        self._newest: dict[str, Callable] = {}  # functions that make the newest state of each window
+        self._pending: dict[str, Callable] = {}  # those of them that are not posted yet
         self._changed = threading.Condition()
         self._closing = self._warned = self._down = self._cleared = False
         self._post(precision=partial(self._line, "precision"))  # the first window
-        replay_scalars(run, self)
+        run.replay(self)
         with contextlib.suppress(OSError):  # no picture, or not a whole one
             pixels = np.asarray(Image.open(run.directory / utils.SAMPLES).convert("RGB"))
             arguments = {"img": pixels.transpose(2, 0, 1), "opts": {"title": f"samples of {run.name}"} | SAMPLES_WINDOW}
@@ -178,14 +183,13 @@ class LivePlots(Observer):
         self._thread.start()
 
     def scalars(self, phase: str, task: int, iteration: int, values: dict[str, float]) -> None:
-        if phase not in self._lengths:
-            return
         with self._changed:
-            for name, value in values.items():
-                window, curve = f"{phase} {name}", task
+            mean, at = sum(values.values()) / max(1, len(values)), (task - 1) * self._lengths.get(phase, 0) + iteration
+            for name, value in values.items() if phase in self._lengths else ():
+                window, curve = f"{phase} {name}", 0 if self._many else task
                 if found := PRECISION.fullmatch(name):
                     window, curve = "precision", int(found[1])
-                at = (task - 1) * self._lengths[phase] + iteration
+                    self._curves[window].get(0, {})[at] = mean  # if there is an average
                 self._curves.setdefault(window, {}).setdefault(curve, {})[at] = value
                 self._post(**{window: partial(self._line, window)})
 
@@ -194,47 +198,49 @@ class LivePlots(Observer):
         pixels = (images * 255).byte().cpu().numpy()
         self._post(samples=lambda: ("images", {"tensor": pixels, "nrow": IMAGES_PER_ROW, "opts": opts}))
 
-    @property
-    def unsent(self) -> bool:
-        """Whether the server has not taken everything."""
-        return self._down or bool(self._pending) or self._thread.is_alive()
-
-    def close(self) -> None:
-        """Post the rest, for a few seconds at most, unless the server does not answer."""
+    def close(self) -> bool:
+        """Post the rest, for a few seconds at most, unless the server does not answer. True if all is posted."""
         with self._changed:
             self._closing = True
             self._changed.notify()
         self._thread.join(timeout=0.1 if self._down else self.CLOSE_SECONDS)
+        return not (self._down or self._pending or self._thread.is_alive())
 
-    def _post(self, **makers: Callable[[], Post]) -> None:
+    def _post(self, **makers: Callable) -> None:
         """Have windows posted; they are put together then, not here, where training would wait."""
         with self._changed:
             self._newest |= makers
             self._pending |= makers
             self._changed.notify()
 
-    def _line(self, window: str) -> Post:
+    def _line(self, window: str) -> tuple[str, dict[str, Any]]:
         """The curves of a window as columns of one matrix, with NaN for missing points."""
-        curves, phase = self._curves[window], "solver" if window == "precision" else window.split()[0]
-        x = sorted(set().union(*curves.values())) or [0]
+        phase = "solver" if window == "precision" else window.split()[0]
+        curves = dict(sorted(self._curves[window].items(), reverse=self._many))  # an average is drawn last
+        x, length = sorted(set().union(*curves.values())) or [0], self._lengths[phase]
+        x = [at for at in x if len(self._titles) <= MANY or at % length == 0 or at == x[-1]]  # after each task, and now
         y = np.array([[curve.get(at, np.nan) for curve in curves.values()] for at in x])
         loss = window.removeprefix(f"{phase} ").replace("-", " ")
         title = loss if phase in loss or window == "precision" else f"{phase} {loss}"
         opts: dict[str, Any] = {"title": title, "xlabel": f"{phase} iterations", "ylabel": title, **WINDOW}
-        opts["legend"] = [self._titles[task - 1] for task in curves]
-        opts["linecolor"] = np.array([list(bytes.fromhex(task_colour(task)[1:])) for task in curves])
+        names = ["average" if window == "precision" else "all tasks", *self._titles]
+        opts["legend"] = [names[task] for task in curves]
+        opts["linecolor"] = np.array([list(bytes.fromhex(self._colours[task][1:])) for task in curves])
         if window == "precision":
-            opts |= {"ylabel": "precision (share of test images)", "ytickmin": 0, "ytickmax": 1.01}
-            opts |= {"markers": True, "markersize": 4, "markerborderwidth": 0}  # so that a single point shows
-        fits = sum(map(len, self._titles)) <= LABEL_CHARACTERS
-        line = {"type": "line", "line": {"color": "#808080", "dash": "dot", "width": 1.5}}
+            share = "black: average" if self._many else "share of test images"
+            opts |= {"ylabel": f"precision ({share})", "ytickmin": 0, "ytickmax": 1.01}
+            opts |= {"markers": not self._many, "markersize": 4, "markerborderwidth": 0}  # so that a single point shows
+        if self._many:
+            lines = {names[t]: {"line": {"color": self._colours[t], "width": 1 if t else 2.5}} for t in curves}
+            opts |= {"traceopts": {"plotly": lines}, "showlegend": False}
+        dots = {"color": "#808080", "dash": "dot", "width": 1.5}
+        line = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "line": dots}
         label = {"y": 1, "xanchor": "left", "yanchor": "bottom", "showarrow": False, "yref": "paper"}
-        shapes, labels = [], []
-        for task in range(1, max(curves) + 1):
-            at, title = (task - 1) * self._lengths[phase], self._titles[task - 1]
-            shapes.append({"yref": "paper", "x0": at, "x1": at, "y0": 0, "y1": 1} | line)
-            font = {"size": 11, "color": task_colour(task)}
-            labels.append({"x": at, "text": title if fits else f"task {task}", "font": font} | label)
+        begun = max(1, -(-x[-1] // length))
+        shown = {task: (task - 1) * length for task in range(1, begun + 1, -(-begun // MANY))}
+        shapes = [line | {"x0": at, "x1": at} for at in shown.values()]
+        fonts = {task: {"size": 11, "color": self._colours[task]} for task in shown}
+        labels = [label | {"x": shown[task], "text": self._labels[task - 1], "font": fonts[task]} for task in shown]
         legend = {"orientation": "h", "y": -0.31, "yanchor": "top"}
         opts["layoutopts"] = {"plotly": {"shapes": shapes, "annotations": labels, "legend": legend}}
         # visdom takes a single column for several points of one curve.
@@ -254,40 +260,57 @@ class LivePlots(Observer):
                     method, arguments = newest()
                 client = client or connect(**self._connection)
                 # A copy of the options: visdom writes into them, and a failed post is repeated.
-                post = partial(getattr(client, method), win=window, **arguments)
-                post(opts=dict(arguments["opts"]))
-                if not self._cleared:  # only after the first post is the environment sure to exist
+                opts = arguments["opts"] | {"title": self._before + arguments["opts"]["title"]}
+                post = partial(getattr(client, method), win=self._before + window, **arguments)
+                post(opts=dict(opts))
+                if not (self._cleared or self._before):  # only after the first post is the environment sure to exist
                     client.close()
-                    post(opts=dict(arguments["opts"]))
-                    self._cleared = True
-                self._down = False
+                    post(opts=dict(opts))
+                self._cleared, self._down = True, False
             except Exception as error:  # whatever a plot server does, training goes on
                 client, self._down = None, True
                 if not self._warned:
-                    warn(f"no live plots: visdom at {self._address}: {reason(error)[:200]}; training goes on")
+                    warn(f"no live plots: visdom at {self.address}: {reason(error)[:300]}; training goes on")
                     self._warned = True
-                if isinstance(error, ImportError):
-                    return
                 with self._changed:
                     self._pending = dict(self._newest)  # all of them: a restarted server has none
                     if self._changed.wait_for(lambda: self._closing, timeout=self.RETRY_SECONDS):
                         return
 
 
-def connect(*, server: str, port: int, env: str) -> Any:
-    """A visdom client that gives up after a few seconds; visdom's own waits forever."""
+def connect(*, server: str, port: int, env: str, base_url: str = "") -> Any:
+    """A visdom client that gives up after a few seconds and says why; visdom's own waits forever and hides it."""
+    import requests
     import visdom
+
+    root, session = f"{server}:{port}{base_url}", requests.Session()
+    session.trust_env = not utils.is_this_machine(server.rpartition("/")[2].strip("[]"))  # which needs no proxy
+    proxied = session.trust_env and requests.utils.get_environ_proxies(root)
+    proxy = "; a proxy is between, as http_proxy or https_proxy say: no_proxy can exempt this host" if proxied else ""
+    user, password = (os.environ.get(f"VISDOM_{part}", "").encode() for part in ("USERNAME", "PASSWORD"))
+    session.auth = (user, password) if user else None  # for a web server before visdom
+    login = {"username": user.decode(), "password": sha256(password).hexdigest()}
+    post = partial(session.post, timeout=POST_TIMEOUT, allow_redirects=False)
 
     class Client(visdom.Visdom):
         def _handle_post(self, url: str, data: Any = None) -> str:
-            response = self.session.post(url, data=data or {}, timeout=POST_TIMEOUT)
-            response.raise_for_status()
-            return response.text
+            try:
+                answer = post(url, data=data or {})
+                if answer.status_code == 400 and user and post(root, json=login).ok:  # visdom's own
+                    answer = post(url, data=data or {})
+            except requests.RequestException as error:
+                causes = utils.causes(error)
+                scheme = "does http or https fit? " * bool(
+                    re.search("WRONG_VERSION|handshake|aborted", " ".join(map(str, causes)))
+                )
+                raise UserError(f"{scheme}{reason(causes[-1])}{proxy}") from error
+            if answer.status_code != 200:
+                raise UserError(
+                    f"it answers {answer.status_code} ({HINTS.get(answer.status_code, answer.reason)}){proxy}"
+                )
+            return answer.text
 
-    for name in ("visdom", "urllib3"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    server = server if "://" in server else f"http://{server}"
-    return Client(server=server, port=port, env=env, use_incoming_socket=False, raise_exceptions=True)
+    return Client(server, port=port, base_url=base_url, env=env, use_incoming_socket=False, raise_exceptions=True)
 
 
 class TensorBoard(Observer):
@@ -299,7 +322,7 @@ class TensorBoard(Observer):
     def __init__(self, run: Run):
         self.image_interval, self._run, self._failed = run.options["image_log_interval"], run, False
         self._try(self._open)
-        replay_scalars(run, self)
+        run.replay(self)
 
     def _open(self) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -336,29 +359,29 @@ class TensorBoard(Observer):
 def draw_band(axes: Axes, curve: tuple[np.ndarray, np.ndarray, np.ndarray], **style: Any) -> None:
     """A curve, and for several seeds a band of one standard deviation on each side."""
     xs, mean, deviation = curve
-    axes.plot(xs, mean, linewidth=1.6, **style)
-    if deviation.any():
+    axes.plot(xs, mean, **{"linewidth": 1.6} | style)
+    if deviation.any() and "label" in style:  # where there is no legend, bands would cover the curves
         axes.fill_between(xs, mean - deviation, mean + deviation, color=style["color"], alpha=0.2, linewidth=0)
 
 
 def draw_task_boundaries(axes: Axes, settings: Sequence[Setting]) -> None:
     """A dotted line where each task begins, unless the settings differ in that."""
-    lengths = {setting.first.lengths["solver"] for setting in settings}
-    tasks = max(len(setting.first.tasks) for setting in settings)
-    for task in range(tasks if len(lengths) == 1 else 0):
+    runs = [setting.first for setting in settings]
+    lengths, tasks = {run.lengths["solver"] for run in runs}, max(len(run.tasks) for run in runs)
+    for task in range(tasks if len(lengths) == 1 and tasks <= MANY else 0):
         axes.axvline(task * max(lengths), color="0.6", linestyle=":", linewidth=1, zorder=0)
-    end = max(len(setting.first.tasks) * setting.first.lengths["solver"] for setting in settings)
+    end = max(len(run.tasks) * run.lengths["solver"] for run in runs)
     axes.set(xlim=(0, end), ylim=(0, 1.01), xlabel="solver iterations")
     axes.grid(axis="y", color="0.92")
 
 
-def panels(count: int, settings: Sequence[Setting], height: float = 3.4) -> tuple[Figure, list[Axes]]:
-    """A figure with so many plots, at most four in a row, and a title for the settings."""
-    rows = -(-count // 4)
-    columns = -(-count // rows)
-    figure = Figure(figsize=(0.8 + 3.0 * columns, height * rows), layout="constrained")
-    figure.suptitle(figure_title(settings))
-    return figure, [figure.add_subplot(rows, columns, number + 1) for number in range(count)]
+def panels(n: int, settings: Sequence[Setting], height: float = 3.4, width: float = 3.8) -> tuple[Figure, list[Axes]]:
+    """A figure with n plots, at most four in a row, and a title for the settings."""
+    rows = -(-n // 4)
+    columns = -(-n // rows)
+    figure = Figure(figsize=(width + 3.0 * (columns - 1), height * rows), layout="constrained")
+    figure.suptitle(textwrap.fill(figure_title(settings), int(11 * figure.get_figwidth())))
+    return figure, [figure.add_subplot(rows, columns, number + 1) for number in range(n)]
 
 
 def figure_title(settings: Sequence[Setting]) -> str:
@@ -369,7 +392,7 @@ def figure_title(settings: Sequence[Setting]) -> str:
     return " · ".join(part for part in [*title, *sorted({run.data_note for run in runs})] if part)
 
 
-def legend_below(figure: Figure, all_axes: Sequence[Axes]) -> None:
+def legend_below(figure: Figure, all_axes: Sequence[Axes]) -> Figure:
     """One legend for all plots, taken from the plot with most curves, in as many rows as it takes."""
     handles, labels = max((axes.get_legend_handles_labels() for axes in all_axes), key=lambda found: len(found[0]))
     labels = [textwrap.fill(label, 64) for label in labels]
@@ -377,24 +400,34 @@ def legend_below(figure: Figure, all_axes: Sequence[Axes]) -> None:
     columns = max(1, int(figure.get_figwidth() / (max(map(len, lines), default=1) * 0.08 + 0.5)))  # inches
     figure.set_figheight(figure.get_figheight() + 0.22 * max(0, len(lines) / columns - 1))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, handlelength=2.4)
+    return figure
 
 
 def precision_figure(settings: Sequence[Setting]) -> Figure:
     """Precision on each task over solver iterations, a panel for each setting."""
     figure, all_axes = panels(len(settings), settings)
     several = len({setting.first.experiment for setting in settings}) > 1
+    tasks = max(len(setting.first.tasks) for setting in settings)
+    colours = task_colours(tasks)
     for axes, setting in zip(all_axes, settings, strict=True):
-        for task, title in enumerate(setting.first.task_titles, start=1):
-            curve = setting.curve(lambda run, task=task: run.precision(task))
-            style = {"color": task_colour(task), "linestyle": DASHES[(task - 1) % len(DASHES)]}
-            draw_band(axes, curve, label=f"task {task}" if several else title, **style)
+        if tasks > FEW:
+            average = setting.curve(Run.average_precision, tasks > MANY)
+            draw_band(axes, average, label="average on the tasks so far", color="black", linewidth=2.4, zorder=3)
+            axes.locator_params("x", nbins=4)
+        for task, (title, colour) in enumerate(zip(setting.first.task_titles, colours, strict=False), start=1):
+            curve = setting.curve(partial(Run.precision, task=task), tasks > MANY)
+            style = {"label": f"task {task}" if several else title, "linestyle": DASHES[(task - 1) % len(DASHES)]}
+            style |= {"linewidth": 1.6 if tasks <= FEW else 1}
+            draw_band(axes, curve, color=colour, **style if tasks <= MANY else {"linewidth": 0.7})
         draw_task_boundaries(axes, [setting])
         title = f"{setting.first.experiment}: {setting.label}" if several else setting.label
-        axes.set(title=textwrap.fill(title, 38), ylabel="precision")
+        axes.set(title=textwrap.fill(title, 38), ylabel="precision" + " after each task" * (tasks > MANY))
         if not axes.get_subplotspec().is_first_col():
             axes.set(ylabel="", yticklabels=[])
-    legend_below(figure, all_axes)
-    return figure
+    if tasks > MANY:
+        scale = cm.ScalarMappable(colors.Normalize(1, tasks), colors.ListedColormap(colours))
+        figure.colorbar(scale, ax=all_axes, label="task")
+    return legend_below(figure, all_axes)
 
 
 def setting_styles(settings: Sequence[Setting]) -> list[dict[str, Any]]:
@@ -411,53 +444,45 @@ def setting_styles(settings: Sequence[Setting]) -> list[dict[str, Any]]:
 
 def average_figure(settings: Sequence[Setting]) -> Figure:
     """Average precision on the tasks so far, all settings in one plot."""
-    figure, (axes,) = panels(1, settings, height=4)
-    figure.set_figwidth(6.4)
+    figure, (axes,) = panels(1, settings, height=4, width=6.4)
     for setting, style in zip(settings, setting_styles(settings), strict=True):
         draw_band(axes, setting.curve(Run.average_precision), **style)
     draw_task_boundaries(axes, settings)
     axes.set(ylabel="average precision on the tasks so far")
-    legend_below(figure, [axes])
-    return figure
+    return legend_below(figure, [axes])
 
 
 def matrix_figure(settings: Sequence[Setting]) -> Figure | None:
     """The precision matrix of each setting: on task j after task i, whole test sets; None if no run is finished."""
-    settings = [setting for setting in settings if setting.finished]
-    if not settings:
+    if not (settings := [setting for setting in settings if setting.finished]):
         return None
     figure, all_axes = panels(len(settings), settings, height=3.6)
     for axes, setting in zip(all_axes, settings, strict=True):
-        matrix = setting.matrix()
-        image = axes.imshow(matrix, vmin=0, vmax=1, cmap="cividis")
-        for (row, column), value in np.ndenumerate(matrix):
-            if not np.isnan(value):
-                dark = "white" if value < 0.6 else "black"
-                axes.text(column, row, f"{value:.2f}".lstrip("0"), ha="center", va="center", color=dark)
+        matrix, tasks = setting.matrix(), len(setting.first.tasks)
+        image = axes.imshow(matrix, vmin=0, vmax=1, cmap="cividis", extent=(0.5, tasks + 0.5, tasks + 0.5, 0.5))
         axes.set(title=textwrap.fill(setting.label, 38), xlabel="precision on task", ylabel="after task")
-        for set_ticks in (axes.set_xticks, axes.set_yticks):
-            set_ticks(range(len(matrix)), range(1, len(matrix) + 1))
+        axes.locator_params(nbins=NUMBERS, integer=True)
+        for (row, column), value in np.ndenumerate(matrix if tasks <= NUMBERS else ()):
+            if not np.isnan(value):
+                style = {"color": "white" if value < 0.6 else "black", "size": min(10, 80 / tasks)}
+                axes.text(column + 1, row + 1, f"{value:.2f}".lstrip("0"), ha="center", va="center", **style)
     figure.colorbar(image, ax=all_axes, shrink=0.8, aspect=20 * all_axes[0].get_gridspec().nrows, label="precision")
     return figure
 
 
-def kept_samples(settings: Sequence[Setting]) -> list[tuple[Setting, dict[tuple[int, int], Path]]]:
-    """The settings whose first run kept samples (--sample-log), and their pictures by task and iteration."""
-    return [(setting, samples) for setting in settings if (samples := setting.first.kept_samples())]
-
-
 def samples_figure(settings: Sequence[Setting]) -> Figure | None:
     """What the generator draws from the same noise after each task, a row for each setting that kept samples."""
-    if not (shown := kept_samples(settings)):
+    if not (shown := [(setting, samples) for setting in settings if (samples := setting.first.kept_samples())]):
         return None
-    tasks = max(len(setting.first.tasks) for setting, _ in shown)
-    figure = Figure(figsize=(0.4 + 2.2 * tasks, 0.6 + 2.4 * len(shown)), layout="constrained")
+    last = max(len(setting.first.tasks) for setting, _ in shown)
+    tasks = np.linspace(1, last, min(last, 10)).round().astype(int).tolist()
+    figure = Figure(figsize=(0.4 + 2.2 * len(tasks), 0.6 + 2.4 * len(shown)), layout="constrained")
     title = f"{figure_title([setting for setting, _ in shown])}: samples after each task"
     figure.suptitle(textwrap.fill(title, int(11 * figure.get_figwidth())))
-    for axes_row, (setting, samples) in zip(figure.subplots(len(shown), tasks, squeeze=False), shown, strict=True):
+    for axes_row, (setting, samples) in zip(figure.subplots(len(shown), len(tasks), squeeze=False), shown, strict=True):
         end = setting.first.lengths["generator"]
         axes_row[0].set_ylabel(textwrap.fill(setting.label, 32))
-        for task, axes in enumerate(axes_row, start=1):
+        for task, axes in zip(tasks, axes_row, strict=True):
             axes.set(xticks=[], yticks=[], title=f"after task {task}")
             if (task, end) in samples:
                 axes.imshow(np.asarray(Image.open(samples[task, end])))
@@ -466,23 +491,22 @@ def samples_figure(settings: Sequence[Setting]) -> Figure | None:
     return figure
 
 
-FRAMES = 30  # of an animation, at most
-
-
 def save_animation(settings: Sequence[Setting], path: Path) -> bool:
     """Save a GIF of kept samples through all tasks, settings side by side. False if there are none."""
-    shown = kept_samples(settings)
+    shown = [(setting, samples) for setting in settings if (samples := setting.first.kept_samples())]
     moments = sorted(set.intersection(*(set(samples) for _, samples in shown))) if shown else []
     if not moments:
         return False
-    frames = []
+    labels, frames = [textwrap.wrap(setting.label, 34) for setting, _ in shown], []  # as wide as six images
+    top = 18 + 14 * max(map(len, labels))
     for task, iteration in moments[:: -(len(moments) // -FRAMES) * -1][::-1]:  # the last one is among them
         grids = [Image.open(samples[task, iteration]).convert("RGB") for _, samples in shown]
-        size = sum(grid.width + 8 for grid in grids), max(grid.height for grid in grids) + 34
+        size = sum(grid.width + 8 for grid in grids), max(grid.height for grid in grids) + top + 2
         frame, left = Image.new("RGB", size, "white"), 4
-        for grid, (setting, _) in zip(grids, shown, strict=True):
-            ImageDraw.Draw(frame).text((left, 2), f"{setting.label}\ntask {task}, iteration {iteration}", fill="black")
-            frame.paste(grid, (left, 32))
+        for grid, label in zip(grids, labels, strict=True):
+            text = "\n".join([*label, f"task {task}, iteration {iteration}"])
+            ImageDraw.Draw(frame).text((left, 2), text, fill="black")
+            frame.paste(grid, (left, top))
             left += grid.width + 8
         frames.append(frame.quantize(64))
     with atomic_write(path, "wb") as file:
@@ -490,12 +514,7 @@ def save_animation(settings: Sequence[Setting], path: Path) -> bool:
     return True
 
 
-FIGURES: dict[str, Callable[[Sequence[Setting]], Figure | None]] = {
-    "precision": precision_figure,
-    "average": average_figure,
-    "matrix": matrix_figure,
-    "samples": samples_figure,
-}
+FIGURES = {"precision": precision_figure, "average": average_figure, "matrix": matrix_figure, "samples": samples_figure}
 
 
 def save_figures(runs: Sequence[Run], directory: Path) -> None:
@@ -511,40 +530,32 @@ def save_figures(runs: Sequence[Run], directory: Path) -> None:
 def write_figure(figure: Figure, path: Path) -> None:
     """Save a figure; the same figure always gives the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with rc_context({"svg.hashsalt": "dgr", "svg.fonttype": "none"}):
+    with rc_context({"svg.hashsalt": "dgr", "svg.fonttype": "none"}), warnings.catch_warnings(record=True) as caught:
         figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
+    if any("missing from font" in str(warning.message) for warning in caught):
+        warn_once("figures show boxes for what no font here has: install one, such as Noto Sans CJK")
 
 
 def save_figure(runs: Sequence[Run], path: Path) -> None:
     """Save the precision plots of these runs side by side."""
-    write_figure(
-        precision_figure([setting for settings in utils.group_runs(runs).values() for setting in settings]), path
-    )
+    write_figure(precision_figure(list(itertools.chain(*utils.group_runs(runs).values()))), path)
 
 
 def mean_sd(values: Sequence[float], digits: int) -> str:
     """The mean over seeds, ± the standard deviation if there are several; empty if there are none."""
-    if not values:
-        return ""
     deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):z.{digits}f}{deviation}"  # z: no -0.000
+    return f"{np.mean(values):z.{digits}f}{deviation}" if values else ""  # z: no -0.000
 
 
 def cells(setting: Setting) -> dict[str, str]:
     """A setting as a row of a table."""
     run, unfinished = setting.first, len(setting.runs) - len(setting.finished)
+    row = {"experiment": run.experiment + (f" ({run.data_note})" if run.data_note else ""), "recipe": run.recipe}
+    row |= {"replay mode": run.replay_mode, "flags": " ".join(run.flags)}
     seeds = ", ".join(str(run.seed) for run in setting.finished)
-    values = {key: [run.summary[key] for run in setting.finished] for key in utils.SUMMARY_KEYS}
-    return {
-        "experiment": run.experiment + (f" ({run.data_note})" if run.data_note else ""),
-        "recipe": run.recipe,
-        "replay mode": run.replay_mode,
-        "flags": " ".join(run.flags),
-        "seeds": seeds + (f" ({unfinished} not finished)" if unfinished else ""),
-        "average precision": mean_sd(values["average_precision"], 3),
-        "forgetting": mean_sd(values["forgetting"], 3),
-        "seconds": mean_sd(values["seconds"], 0),
-    }
+    row["seeds"] = seeds + (f" ({unfinished} not finished)" if unfinished else "")
+    digits = {"average_precision": 3, "forgetting": 3, "seconds": 0}
+    return row | {k.replace("_", " "): mean_sd([r.summary[k] for r in setting.finished], n) for k, n in digits.items()}
 
 
 def markdown(rows: Sequence[dict[str, str]]) -> str:
@@ -555,15 +566,7 @@ def markdown(rows: Sequence[dict[str, str]]) -> str:
 
 def table(runs: Sequence[Run]) -> str:
     """Means and standard deviations over seeds, in Markdown."""
-    return markdown([cells(setting) for settings in utils.group_runs(runs).values() for setting in settings])
-
-
-def play_back(run: Run, server: str, port: int) -> None:
-    """Show a finished or stopped run on a visdom server as it would have been shown live."""
-    plots = LivePlots(run, server, port)
-    plots.close()
-    if plots.unsent:
-        raise UserError(f"visdom at {server}:{port} did not take the plots: start a server there and try again")
+    return markdown(list(map(cells, itertools.chain(*utils.group_runs(runs).values()))))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -576,15 +579,13 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.output and options.output.suffix not in (".png", ".svg", ".pdf"):
         parser.error(f"argument --output: {options.output} must end in .png, .svg or .pdf")
-    settings = [
-        setting for settings in utils.group_runs(utils.find_runs(options.runs)).values() for setting in settings
-    ]
-    runs = [run for setting in settings for run in setting.runs]  # each once
+    runs = [run for group in utils.group_runs(utils.find_runs(options.runs)).values() for s in group for run in s.runs]
     print(table(runs))
-    if options.visdom:
-        for run in runs:
-            play_back(run, options.visdom_server, options.visdom_port)
-        print(f"visdom: {options.visdom_server}:{options.visdom_port}")
+    for run in runs if options.visdom else ():
+        plots = LivePlots(run, options)
+        if not plots.close():
+            raise UserError(f"visdom at {plots.address} did not take the plots: start a server there and try again")
+        print(f"visdom: {plots.address}")
     for name, make in (("output", save_figure), ("figures", save_figures)):
         if path := getattr(options, name):
             try:

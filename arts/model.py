@@ -1,6 +1,9 @@
 """Draws arts/model.png, the picture of the method in the README: python arts/model.py"""
 
+import os
 from pathlib import Path
+
+os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be installed here
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

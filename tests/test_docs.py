@@ -231,7 +231,7 @@ def test_command_of_the_docs_runs(command, place, monkeypatch, capsys):
         results = sorted(str(path.parent) for path in place.glob("results/*/config.json"))
         arguments = [results[0] if word.startswith("results/") else word for word in arguments]
         if "--visdom" in arguments:  # the server is tested elsewhere
-            monkeypatch.setattr(visual, "play_back", lambda *_: None)
+            monkeypatch.setattr(visual.LivePlots, "close", lambda _: True)
         visual.main(arguments)
     elif "--help" in arguments:
         with pytest.raises(SystemExit, match="0"):

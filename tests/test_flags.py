@@ -141,6 +141,50 @@ def test_help_has_every_option_with_its_default(tmp_path, monkeypatch):
         assert choice in process.stdout
 
 
+@pytest.mark.parametrize("program", ["run_full_experiments", *(f"benchmarks/{n}.py" for n in ("bench", "ablations"))])
+def test_a_notebooks_matplotlib_backend_ends_no_program(tmp_path, program):
+    process = run(program, "--help", cwd=tmp_path, MPLBACKEND="nowhere")
+    assert process.returncode == 0 and process.stderr == "", process.stderr
+
+
+def test_own_data_have_names_of_their_own_in_any_language(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = [
+        "\u6570\u5b57.npz",
+        "\u6587\u5b57.npz",
+        "\u0e17\u0e35\u0e48.npz",
+        "caf\u00e9.npz",
+        "a b.npz",
+        "mnist-svhn.npz",
+        "\u6570" * 60 + ".npz",
+    ]
+    for file in files:
+        Path(file).touch()
+    names = [main.parse(["--train", "--tasks", file]).experiment for file in files]
+    assert names[:6] == ["\u6570\u5b57", "\u6587\u5b57", "\u0e17\u0e35\u0e48", "caf\u00e9", "a_b", "own-mnist-svhn"]
+    assert len(names[6].encode()) <= 100
+
+
+@pytest.mark.parametrize("key", utils.DIRECTORIES)
+def test_a_directory_that_is_a_link_to_nothing_is_named(tmp_path, capsys, key):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(SystemExit, match="2"):
+        parse(f"{utils.flag(key)}={tmp_path / 'link'}")
+    assert f"link is a link to {tmp_path / 'gone'}, which is not there" in capsys.readouterr().err
+
+
+def test_a_checkout_of_another_owner_is_said(monkeypatch, capsys):
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is no checkout")
+    monkeypatch.delenv(utils.COMMIT, raising=False)
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    for name in ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM"):
+        monkeypatch.setenv(name, os.devnull)
+    assert utils.commit() is None
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "safe.directory" in warning and utils.COMMIT in warning
+
+
 def test_data_directory_from_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("DGR_DATA_DIR", str(tmp_path))
     assert parse().data_dir == tmp_path

@@ -1,11 +1,16 @@
 """Live plots against servers that misbehave, sample grids, figures, progress."""
 
 import contextlib
+import fcntl
 import importlib.util
 import json
+import os
+import pty
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -64,13 +69,14 @@ def plot_server():
     server.stop()
 
 
-def live_plots(port: int, seed: int = 0) -> visual.LivePlots:
-    """Plots of a run of two tasks that has just begun."""
+def live_plots(port: int, seed: int = 0, tasks=("one", "two"), **options) -> visual.LivePlots:
+    """Plots of a run of two tasks that has just begun. options: more of its `VisdomOptions`."""
+    address = {"visdom_server": "127.0.0.1", "visdom_port": port} | options
     options = {"generator_iterations": 20, "solver_iterations": 6, "image_log_interval": 10}
     config = {"name": "a-run-r0.3", "seed": seed, "recipe": "2017", "flags": [], "options": options}
-    config |= {"experiment": "permutated-mnist", "replay_mode": "none", "tasks": ["one", "two"]}
+    config |= {"experiment": "permutated-mnist", "replay_mode": "none", "tasks": list(tasks)}
     run = Run(Path("nowhere"), config | {"data": {"checksums": {}, "unverified": []}}, None, [])
-    return visual.LivePlots(run, "127.0.0.1", port)
+    return visual.LivePlots(run, visual.VisdomOptions(**address))
 
 
 def report_two_tasks(plots: visual.LivePlots) -> None:
@@ -195,7 +201,7 @@ def test_plots_go_on_complete_after_a_server_came_back(capsys, monkeypatch):
     wait_until(lambda: windows <= {post.get("win") for _, post in again.posts})
     plots.close()
     curve = again.newest("precision")["data"][0]
-    assert curve["y"] == [0.5, 0.6, 0.7] and curve["line"]["color"].upper() == visual.task_colour(1)
+    assert curve["y"] == [0.5, 0.6, 0.7] and curve["line"]["color"].upper() == visual.TASK_COLOURS[0]
     again.stop()
 
 
@@ -231,13 +237,99 @@ def test_visdom_not_installed_is_one_warning(capsys, monkeypatch):
     assert capsys.readouterr().err.count("warning: no live plots") == 1
 
 
+def answers(status: int):
+    return lambda handler: (handler.send_response(status), handler.end_headers())
+
+
+CAUSES = {
+    "refused": (None, "http://127.0.0.1", "Connection refused"),
+    "401": (answers(401), "http://127.0.0.1", "it answers 401 (a login is read from"),
+    "404": (answers(404), "http://127.0.0.1/vis", "/vis: it answers 404 (is visdom below another path?)"),
+    "scheme": (answers(200), "https://127.0.0.1", "does http or https fit?"),
+    "proxy": (answers(200), "http://plots.invalid", "a proxy is between"),
+}
+
+
+@needs_visdom
+@pytest.mark.parametrize("cause", CAUSES)
+def test_the_warning_says_the_cause(capsys, monkeypatch, cause):
+    answer, server, words = CAUSES[cause]
+    monkeypatch.setattr(visual, "POST_TIMEOUT", (0.5, 0.5))
+    monkeypatch.setenv("http_proxy", f"http://user:secret@127.0.0.1:{free_port()}")
+    plots = live_plots(PlotServer(answer).port if answer else free_port(), visdom_server=server)
+    plots.close()
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert words in warning and "secret" not in warning
+
+
+@needs_visdom
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_proxy_is_not_asked_for_this_machine(plot_server, monkeypatch, host):
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    assert live_plots(plot_server.port, visdom_server=host).close() and plot_server.newest("precision")
+    assert not utils.is_this_machine("192.0.2.1")  # of no machine
+
+
+@pytest.mark.parametrize(
+    "address", ["http://me:secret@host:8097", "me:secret@host", "http://host/a@b", "ftp://host", "::1"]
+)
+def test_an_address_that_is_none_or_has_a_login_is_refused_and_not_printed(capsys, address):
+    with pytest.raises(SystemExit, match="2"):
+        visual.main(["results", f"--visdom-server={address}"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "VISDOM_PASSWORD" in line and "secret" not in line and address not in line
+
+
+@pytest.mark.parametrize(
+    "server, port, address",
+    [
+        ("host", 8097, "http://host:8097"),
+        ("host:18097", 8097, "http://host:18097"),
+        ("https://host/vis/", 8097, "https://host:443/vis"),
+        ("https://host", 8443, "https://host:8443"),
+        ("http://[::1]", 1234, "http://[::1]:1234"),
+    ],
+)
+def test_an_address_of_visdom_is_host_port_and_path(monkeypatch, server, port, address):
+    monkeypatch.setattr(visual.LivePlots, "_post_all", lambda _: None)
+    assert live_plots(port, visdom_server=server).address == address
+
+
+@needs_visdom
+def test_an_environment_of_ones_own_keeps_what_others_have_there(plot_server):
+    plots = live_plots(plot_server.port, visdom_env="ours")
+    report_two_tasks(plots)
+    plots.close()
+    post = plot_server.newest("a-run-r0.3: precision")
+    assert post["eid"] == "ours" and post["opts"]["title"] == "a-run-r0.3: precision"
+    assert "/close" not in {path for path, _ in plot_server.posts}
+
+
+@needs_visdom
+def test_many_tasks_have_an_average_in_black_and_no_legend(plot_server):
+    plots = live_plots(plot_server.port, tasks=[f"permutation {task}" for task in range(30)])
+    for task in range(1, 31):
+        for iteration in (3, 6):
+            plots.scalars("solver", task, iteration, {f"precision-{old}": old / 30 for old in range(1, task + 1)})
+            plots.scalars("solver", task, iteration, {"loss": 1.0})
+    plots.close()
+    post = plot_server.newest("precision")
+    *tasks, average = post["data"]
+    assert average["line"]["color"] == "#000000" and average["line"]["width"] > 2 * tasks[0]["line"]["width"]
+    assert average["x"] == list(range(6, 181, 6)) and average["y"][-1] == pytest.approx(31 / 60)
+    assert len({curve["line"]["color"] for curve in tasks}) == 30 and not post["layout"]["showlegend"]
+    assert len(post["layout"]["annotations"]) <= 20
+    assert len(plot_server.newest("solver loss")["data"]) == 1
+
+
 @contextlib.contextmanager
-def visdom_server(directory):
+def visdom_server(directory, *flags, **environment):
     """The port of a real server, reachable from this machine alone, started without the download of its front end."""
     port = free_port()
-    start = f"import sys; from visdom.server.run_server import main; sys.argv += ['-port', '{port}', '-bind_local', "
-    start += f"'-env_path', {str(directory)!r}]; main()"
-    server = subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    flags = ["-port", str(port), "-bind_local", "-env_path", str(directory), *flags]
+    start = f"import sys; from visdom.server.run_server import main; sys.argv += {flags}; main()"
+    how = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": {**os.environ, **environment}}
+    server = subprocess.Popen([sys.executable, "-c", start], **how)
     try:
         wait_until(lambda: server.poll() is not None or socket.socket().connect_ex(("127.0.0.1", port)) == 0)
         yield port
@@ -262,6 +354,20 @@ def test_windows_arrive_at_a_real_visdom_server_in_place_of_an_earlier_runs(tmp_
         assert {w["title"] for w in windows.values()} == {"precision", "solver loss", "samples: task 2, iteration 20"}
 
 
+@needs_visdom
+def test_a_real_server_below_a_path_takes_a_login_from_the_environment(tmp_path, monkeypatch, capsys):
+    (tmp_path / ".visdom").mkdir()
+    monkeypatch.setenv("VISDOM_USERNAME", "me")
+    monkeypatch.setenv("VISDOM_PASSWORD", "secret")
+    settings = {"HOME": str(tmp_path), "VISDOM_USE_ENV_CREDENTIALS": "1", "VISDOM_COOKIE": "cookie"}
+    with visdom_server(tmp_path, "-base_url", "/vis", "-enable_login", **settings) as port:
+        assert live_plots(port, visdom_server="127.0.0.1/vis").close()
+        monkeypatch.setenv("VISDOM_PASSWORD", "other-secret")
+        assert not live_plots(port, visdom_server="127.0.0.1/vis").close()
+    error = capsys.readouterr().err
+    assert "it answers 400 (a login is read from" in error and "secret" not in error
+
+
 # ---------------------------------------------------------------------------------------- samples and figures
 
 
@@ -282,6 +388,9 @@ def write_run(directory, offset=0.0, data=None, **config):
     summary["precision"] = [[0.8 + offset, None], [0.4 + offset, 0.9 + offset]]
     (directory / "summary.json").write_text(json.dumps(summary))
     return directory
+
+
+SUMMARY = {"average_precision": 0.65, "forgetting": 0.25, "seconds": 12.3, "precision": [[0.8, None], [0.4, 0.9]]}
 
 
 def interrupt(directory):
@@ -392,7 +501,7 @@ def test_figures_show_what_the_files_say(results):
     settings = settings_in(results)
     panel = visual.precision_figure(settings).axes[0]
     first = next(line for line in panel.lines if line.get_label() == "task 1: original")
-    assert first.get_ydata() == pytest.approx([0.85, 0.55]) and first.get_color() == visual.task_colour(1)
+    assert first.get_ydata() == pytest.approx([0.85, 0.55]) and first.get_color() == visual.TASK_COLOURS[0]
     assert len(panel.collections) == 2  # a band for each task, of two seeds
     assert {line.get_xdata()[0] for line in panel.lines if line.get_linestyle() == ":"} == {0, 6}
     axes = visual.average_figure(settings).axes[0]
@@ -423,7 +532,7 @@ def test_unofficial_data_are_named_so(tmp_path, known, called):
     unofficial = {"checksums": {"svhn/x": "0"}, "unverified": ["svhn/x"]} | known
     run = Run.read(write_run(tmp_path / "a", data=unofficial, tasks=["MNIST", "SVHN"], seed=1))
     assert run.tasks == ["MNIST", called] and run.data_note == f"{called} in place of SVHN"
-    assert run.data_note in visual.precision_figure([utils.Setting([run])]).get_suptitle()
+    assert run.data_note in visual.precision_figure([utils.Setting([run])]).get_suptitle().replace("\n", " ")
     assert Run.read(write_run(tmp_path / "b")).data_note == ""
     settings = settings_in(tmp_path)  # runs on other data are no seeds of one setting
     assert {setting.label for setting in settings} == {f"none ({run.data_note})", "none (official data)"}
@@ -447,7 +556,11 @@ def test_unfinished_run_is_drawn_and_named_so(tmp_path):
     [
         *(("config.json", content) for content in ("", "[]", "{}", '{"tasks": 3}')),
         ("metrics.csv", "phase,task,iteration,name,value\n" + "x" * 200_000),
+        ("metrics.csv", "phase,task,iteration,name,value\nsolver,1,3,precision-1,0.8\nsolver,2,"),
+        ("metrics.csv", "phase;task;iteration;name;value\nsolver;1;3;precision-1;0,8\n"),
         ("summary.json", '{"seed": 0}'),
+        *(("summary.json", json.dumps(SUMMARY | change)) for change in ({"seconds": "12"}, {"forgetting": None})),
+        ("summary.json", json.dumps(SUMMARY | {"precision": [["0.8", None], [0.4, 0.9]]})),
     ],
 )
 def test_directory_that_is_no_run_is_an_error_alone_and_left_out_among_others(results, capsys, file, content):
@@ -458,6 +571,23 @@ def test_directory_that_is_no_run_is_an_error_alone_and_left_out_among_others(re
     assert len(utils.find_runs([results])) == 4
     (warning,) = capsys.readouterr().err.splitlines()
     assert "not the files of a run" in warning and "broken" in warning
+    with pytest.raises(UserError, match="broken: not the files of a run"):
+        utils.find_runs([directory])
+    with pytest.raises(UserError, match="nowhere"):
+        utils.find_runs([directory, results / "nowhere"])
+
+
+@pytest.mark.parametrize("kept", ["mark and semicolons", "half a line of a run under way"])
+def test_files_that_a_spreadsheet_or_a_run_under_way_has_written_are_read(tmp_path, kept):
+    directory = write_run(tmp_path / "a")
+    text = (directory / "metrics.csv").read_text()
+    if kept == "mark and semicolons":
+        (directory / "metrics.csv").write_text("\ufeff" + text.replace(",", ";"), encoding="utf-8")
+        (directory / "config.json").write_text("\ufeff" + (directory / "config.json").read_text(), encoding="utf-8")
+    else:
+        (directory / "summary.json").unlink()
+        (directory / "metrics.csv").write_text(text + "solver,2,6,preci")
+    assert Run.read(directory).precision(1) == {3: 0.8, 12: 0.5}
 
 
 def test_pictures_that_somebody_renamed_are_left_out(results):
@@ -523,9 +653,60 @@ def test_an_animation_ends_where_the_run_ends(results, monkeypatch):
     assert moments == ends
 
 
-def test_a_task_has_one_colour_and_seven_differ():
-    assert len({visual.task_colour(task) for task in range(1, 8)}) == 7
-    assert visual.task_colour(8) == visual.task_colour(1)
+def write_many(directory, tasks):
+    """The files of a run of many tasks, each measured twice, with samples."""
+    matrix = [[1 - (i - j) / tasks if j <= i else None for j in range(tasks)] for i in range(tasks)]
+    names = [f"permutation {task}" for task in range(tasks)]
+    write_run(directory, tasks=names, name=directory.name)
+    rows = ["phase,task,iteration,name,value"]
+    for i, row in enumerate(matrix):
+        rows += [f"solver,{i + 1},{at},precision-{j + 1},{row[j]}" for at in (3, 6) for j in range(i + 1)]
+        visual.save_samples(
+            torch.rand(7, 1, 8, 8), visual.kept_sample(directory.parent / "samples" / directory.name, i + 1, 20)
+        )
+    (directory / "metrics.csv").write_text("\n".join(rows) + "\n")
+    (directory / "summary.json").write_text(json.dumps(SUMMARY | {"precision": matrix}))
+    return [utils.Setting([Run.read(directory)])]
+
+
+@pytest.mark.parametrize("tasks", [5, 10, 20, 50, 100])
+def test_no_two_of_many_tasks_look_alike(tmp_path, tasks):
+    figure = visual.precision_figure(write_many(tmp_path / "a", tasks))
+    curves = figure.axes[0].lines[: tasks + (tasks > 7)]
+    assert len({(line.get_color(), line.get_linestyle()) for line in curves}) == len(curves)
+    labels = [text.get_text() for text in figure.legends[0].get_texts()] if figure.legends else []
+    titles = [f"task {task + 1}: permutation {task}" for task in range(tasks)]
+    assert labels == ["average on the tasks so far"] * (tasks > 7) + titles * (tasks <= 20)
+    assert len(figure.axes) == 1 + (tasks > 20)  # the colours' scale in place of a legend
+
+
+@pytest.mark.parametrize("tasks, numbers", [(12, 78), (13, 0), (100, 0)])
+def test_a_large_matrix_has_no_numbers_and_few_ticks(tmp_path, tasks, numbers):
+    axes = visual.matrix_figure(write_many(tmp_path / "a", tasks)).axes[0]
+    assert len(axes.texts) == numbers and len([at for at in axes.get_xticks() if 1 <= at <= tasks]) <= 12
+
+
+def test_pictures_of_many_tasks_stay_small(tmp_path):
+    settings = write_many(tmp_path / "a", 100)
+    titles = [axes.get_title() for axes in visual.samples_figure(settings).axes]
+    assert len(titles) == 10 and titles[0] == "after task 1" and titles[-1] == "after task 100"
+
+
+def test_long_titles_are_whole(tmp_path):
+    write_run(tmp_path / "a", experiment="+".join(["a-data-set-of-ours"] * 6))
+    figure = visual.precision_figure(settings_in(tmp_path))
+    figure.draw_without_rendering()
+    title = figure._suptitle.get_window_extent()
+    assert title.x0 >= 0 and title.x1 <= figure.bbox.width
+    assert "".join(figure.get_suptitle().split()) == "+".join(["a-data-set-of-ours"] * 6)
+
+
+def test_boxes_for_characters_that_no_font_has_are_said_once(tmp_path, capsys, recwarn):
+    write_run(tmp_path / "a", tasks=["\ue123", "\ue124"], experiment="\ue125")  # of no language
+    visual.warn_once.cache_clear()
+    visual.main([str(tmp_path), "--figures", str(tmp_path / "figures")])
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "Noto Sans CJK" in warning and not [w for w in recwarn if "Glyph" in str(w.message)]
 
 
 # ---------------------------------------------------------------------------------------------------- progress
@@ -569,3 +750,19 @@ def test_progress_is_a_bar_on_a_terminal(capsys, monkeypatch):
     drawn = capsys.readouterr().err
     for word in ("task 2/5 solver: 100%", "3/3", "loss 0.333", "precision-1 0.500"):
         assert word in drawn
+
+
+def test_progress_keeps_to_the_width_of_the_terminal(capsys, monkeypatch):
+    """And names the mean of many precisions."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    with open(follower, "w", encoding="utf-8") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        progress = visual.Progress(tasks=100)
+        progress.begin("solver", 100, 1000, 0)
+        progress.scalars("solver", 100, 1000, {"loss": 0.25})
+        progress.scalars("solver", 100, 1000, {f"precision-{task}": task / 100 for task in range(1, 101)})
+        progress.end("solver", 100)
+        lines = os.read(leader, 10_000).decode().replace("\r", "\n").split("\n")
+    os.close(leader)
+    assert max(map(len, lines)) < 80 and any("loss 0.250, average precision 0.5" in line for line in lines)
