@@ -16,7 +16,7 @@ from torch import Tensor
 
 import dgr
 from data import Split, Task
-from utils import Observer, UserError, number, option
+from utils import Observer, UserError, number, option, out_of_memory
 
 
 def importance(text: str) -> float | str:
@@ -188,8 +188,14 @@ class Training:
         return replay
 
     def _precisions(self, tests: dict[int, Split]) -> dict[str, float]:
-        solver, at_once = self.scholar.solver.remember(), self.images_at_once
-        return {f"precision-{task}": precision(solver, test, at_once) for task, test in tests.items()}
+        solver = self.scholar.solver.remember()
+        while True:
+            try:
+                return {f"precision-{task}": precision(solver, tests[task], self.images_at_once) for task in tests}
+            except (MemoryError, RuntimeError) as error:
+                if self.images_at_once == 1 or not out_of_memory(error):
+                    raise
+            self.images_at_once //= 2
 
     def _watched(self, phase: str, learning: Iterator[dict[str, Tensor]], iterations: int) -> Iterator[int]:
         """Learn, and yield the number of each iteration done. Losses leave the device only when they are reported."""
@@ -223,7 +229,13 @@ class Training:
         if self.options.lr_schedule == "linear":
             for optimiser in optimisers(getattr(self.scholar, phase)).values():
                 for group in getattr(optimiser, "param_groups", ()):
-                    group["lr"] = group.setdefault("initial_lr", group["lr"]) * (1 - done)
+                    if "initial_lr" not in group:  # to read it from a GPU is to wait
+                        group["initial_lr"] = float(group["lr"])
+                    rate = group["initial_lr"] * (1 - done)
+                    if isinstance(group["lr"], Tensor):  # which a CUDA graph reads
+                        group["lr"].fill_(rate)
+                    else:
+                        group["lr"] = rate
 
     def _show_samples(self, iteration: int, iterations: int) -> None:
         """Draw samples if an observer wants them now."""
@@ -267,7 +279,7 @@ class Training:
             "optimisers": {name: optimiser.state_dict() for name, optimiser in optimisers(self.scholar).items()},
             "replay": None if self.replay is None else self.replay.state_dict(),
             "random": torch.get_rng_state(),
-            "random_of_gpu": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            "random_of_gpu": None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -281,8 +293,8 @@ class Training:
             optimiser.load_state_dict(state["optimisers"][name])
         torch.set_rng_state(state["random"])
         device = next(self.scholar.parameters()).device
-        if device.type == "cuda" and state["random_of_gpu"] is not None:
-            torch.cuda.set_rng_state(state["random_of_gpu"], device)
+        if device.type != "cpu" and state["random_of_gpu"] is not None:
+            torch.get_device_module(device).set_rng_state(state["random_of_gpu"], device)
 
 
 def at_interval(iteration: int, interval: int | None, last: int) -> bool:

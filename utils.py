@@ -143,7 +143,7 @@ def run_program(main: Callable[[], None]) -> None:
     except UserError as error:
         fail(f"error: {error}")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(messages(error)):
+        if not out_of_memory(error):
             raise
         smaller = "--batch-size, --solver-channel-size or --generator-c-channel-size and --generator-g-channel-size"
         fail(f"error: out of memory: try a smaller {smaller}, or --dtype=bfloat16")
@@ -157,9 +157,11 @@ def run_program(main: Callable[[], None]) -> None:
         fail("stopped")
 
 
-def messages(error: BaseException | None) -> str:
-    """The messages of an error and of those behind it: CUDA graphs hide a lack of memory behind their own error."""
-    return "" if error is None else f"{error} {messages(error.__context__)}"
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory is short, by this error or one behind it: CUDA graphs hide that behind their own error."""
+    if error is None or isinstance(error, MemoryError):
+        return error is not None
+    return bool(OUT_OF_MEMORY.search(str(error))) or out_of_memory(error.__context__)
 
 
 def discard_output() -> None:
