@@ -71,7 +71,7 @@ class ScholarOptions:
         """Adam over all parameters of these networks."""
         parameters = [parameter for network in networks for parameter in network.parameters()]
         settings = {"betas": (self.beta1, self.beta2), "weight_decay": self.weight_decay}
-        # A graph keeps a number for ever, and a tensor only if it is on its device: see Training._set_learning_rates.
+        # A graph keeps a number as it was when recorded; a tensor, if it is on the device, can be filled in place.
         device = choose_device(gpus=not self.no_gpus) if self.cuda_graphs else None
         rate = torch.tensor(self.lr, device=device) if self.cuda_graphs else self.lr
         adam = torch.optim.Adam(parameters, rate, fused=True, capturable=self.cuda_graphs, **settings)
