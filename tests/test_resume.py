@@ -125,6 +125,7 @@ def test_a_falling_rate_reaches_graphs_recorded_before_and_after_a_resume(
 ):
     """A run with graphs, cut off, continued without and again with them, ends as the eager one, bit for bit."""
     settings = ["--lr-schedule=linear", "--generator-iterations=8", "--solver-iterations=8", f"--lr={2**-10}"]
+    settings += ["--image-log-interval=8", "--sample-log-interval=8"]
     run_here(flags(tmp_path / "whole", small_mnist, *settings))
     assert not recordings
     cut = flags(tmp_path / "cut", small_mnist, *settings)
