@@ -190,10 +190,8 @@ def check_replay(parser: utils.Parser, options: argparse.Namespace, recipe: dict
 
 
 def check_networks(parser: utils.Parser, options: argparse.Namespace) -> None:
-    """Refuse convolutions that can't be made or can't learn, and updates that can't be recorded."""
+    """Refuse convolutions that can't be made or can't learn."""
     size, depth, reducing = options.solver_channel_size, options.solver_depth, options.solver_reducing_layers
-    if options.cuda_graphs and options.lr_schedule != "constant":
-        parser.error("argument --cuda-graphs: it needs --lr-schedule=constant, as recorded updates keep their rate")
     if options.solver != "cnn":
         return
     if size % (multiple := 2 ** (depth - 2)):
@@ -207,9 +205,9 @@ def check_networks(parser: utils.Parser, options: argparse.Namespace) -> None:
 def check_machine(options: Options) -> None:
     """Refuse what this machine can't do; not part of `parse`, which also lists runs for other machines."""
     parser = make_parser()
-    if options.cuda_graphs and (options.no_gpus or not torch.cuda.is_available()):
-        why = "--no-gpus leaves the GPU out" if options.no_gpus else "this machine has none that PyTorch can use"
-        parser.error(f"argument --cuda-graphs: it needs a GPU, and {why}")
+    if options.cuda_graphs and models.choose_device(gpus=not options.no_gpus).type != "cuda":
+        why = "not --no-gpus" if options.no_gpus else "and PyTorch finds none that has CUDA"
+        parser.error(f"argument --cuda-graphs: it needs a GPU, {why}")
     if options.tensorboard:
         try:
             from torch.utils import tensorboard  # noqa: F401
@@ -257,8 +255,9 @@ def train_scholar(options: Options, tasks: list[data.Task], library: data.Librar
     paths, device = options.paths, library.device
     channels, classes = tasks[0].train.images.shape[1], data.number_of_classes(tasks)
     shape = {"image_channels": channels, "classes": classes, "tasks": len(tasks)}
-    dtype = models.choose_dtype(options.dtype, device)
+    dtype = models.choose_dtype(options.dtype, device, cuda_graphs=options.cuda_graphs)
     config = describe_run(options, tasks, library, dtype)
+    print(f"{options.name} runs on {config['device']}, in {config['dtype']}")
     start = read_state(paths, config) if options.resume else None
     if start is None:
         paths.rename_earlier()
@@ -354,7 +353,7 @@ def sample_grid(generator: dgr.Generator, n: int, seed: int) -> torch.Tensor:
     They have a random stream of their own, so looking does not change what is learned.
     """
     device = next(generator.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         torch.manual_seed(seed)  # of all devices, for generators that draw more than z
         return generator.sample(n, torch.randn(n, generator.z_size).to(device))
 
@@ -370,8 +369,8 @@ def describe_run(options: Options, tasks: list[data.Task], library: data.Library
         "tasks": [task.name for task in tasks],
         "data": {"checksums": library.checksums, "unverified": library.unverified},
         "device": models.device_name(library.device),
-        "dtype": str(dtype or torch.float32).removeprefix("torch."),
-        "versions": {"python": platform.python_version()} | versions,
+        "dtype": models.dtype_name(dtype, library.device),
+        "versions": {"python": platform.python_version(), "cudnn": str(torch.backends.cudnn.version())} | versions,
         "commit": utils.commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
@@ -396,7 +395,7 @@ def run_test(options: Options) -> None:
     if not checkpoint["generator_trained"]:
         raise UserError(f"{path}: the generator was never trained: {options.replay_mode} needs --sample-log for that")
     device = models.choose_device(gpus=not options.no_gpus)
-    dtype = models.choose_dtype(options.dtype, device)
+    dtype = models.choose_dtype(options.dtype, device, cuda_graphs=options.cuda_graphs)
     shape = {key: checkpoint[key] for key in ("image_channels", "classes", "tasks")}
     scholar = models.make_scholar(**shape, options=options, compute_dtype=dtype)
     with utils.reading(path, f"{path} does not fit the flags"):
@@ -409,6 +408,7 @@ def run_test(options: Options) -> None:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(sys.argv[1:] if arguments is None else arguments)
     check_machine(options)
+    models.set_deterministic(options.deterministic)
     (run_training if options.train else run_test)(options)
 
 

@@ -7,6 +7,9 @@ write a class like these and add a line to `GENERATORS` or `SOLVERS`; its option
 import copy
 import gc
 import math
+import os
+import re
+import subprocess
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,10 +22,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import dgr
 import gan
-from utils import UserError, option
+from utils import UserError, option, reason
 
 HEADS = ("one", "task")
-DTYPES = "number format of the networks; auto: bfloat16 where it is faster (GPUs, CPUs with AMX, AMD with AVX512-BF16)"
+DTYPES = (
+    "number format of the networks; auto: bfloat16 where it is faster (CPUs with AMX, AMD with AVX512-BF16, GPUs with "
+    "--cuda-graphs), tf32 on other GPUs"
+)
 
 SIZES = "height and width of images in all networks, a multiple of 16 from 16 to 128"
 
@@ -66,7 +72,8 @@ class ScholarOptions:
     beta2: float = option(0.9, "decay rate of the squared gradient's mean", low=0, high=1, below=True)
     weight_decay: float = option(1e-5, "L2 penalty on weights", low=0)
     dtype: str = option("auto", DTYPES, choices=("auto", "float32", "tf32", "bfloat16"), group="device")
-    cuda_graphs: bool = option(False, "launch each update as one CUDA graph (needs a constant learning rate)", None)
+    cuda_graphs: bool = option(False, "launch each update as one CUDA graph", None)
+    deterministic: bool = option(False, "on a GPU, use only algorithms that repeat bit for bit", None)
     no_gpus: bool = option(False, "use the CPU even if there is a GPU", None)
     number_of_heads: int = 0  # of --heads=task: the number of tasks
 
@@ -74,13 +81,17 @@ class ScholarOptions:
         """Adam over all parameters of these networks."""
         parameters = [parameter for network in networks for parameter in network.parameters()]
         settings = {"betas": (self.beta1, self.beta2), "weight_decay": self.weight_decay}
-        adam = torch.optim.Adam(parameters, self.lr, fused=True, capturable=self.cuda_graphs, **settings)
+        # A graph keeps a number as it was when recorded; a tensor, if it is on the device, can be filled in place.
+        device = choose_device(gpus=not self.no_gpus) if self.cuda_graphs else None
+        rate = torch.tensor(self.lr, device=device) if self.cuda_graphs else self.lr
+        adam = torch.optim.Adam(parameters, rate, fused=True, capturable=self.cuda_graphs, **settings)
 
-        def allow_capture(adam: torch.optim.Adam) -> None:  # the state may come from a run without graphs
+        def adapt(adam: torch.optim.Adam) -> None:  # the state may come from a run with or without graphs
             for group in adam.param_groups:
-                group["capturable"] = self.cuda_graphs
+                group["capturable"], loaded = self.cuda_graphs, float(group["lr"])
+                group["lr"] = rate.fill_(loaded) if self.cuda_graphs else loaded
 
-        adam.register_load_state_dict_post_hook(allow_capture)
+        adam.register_load_state_dict_post_hook(adapt)
         return adam
 
 
@@ -466,7 +477,47 @@ def make_scholar(
 
 
 def choose_device(*, gpus: bool = True) -> torch.device:
-    return torch.device("cuda" if gpus and torch.cuda.is_available() else "cpu")
+    """PyTorch's GPU or other accelerator, else the CPU. Raises UserError if there is a GPU that PyTorch can't use."""
+    if gpus:
+        with warnings.catch_warnings(action="ignore"):  # which say the same in many lines
+            available = torch.accelerator.is_available()
+            if problem := unusable_gpu():
+                raise UserError(f"{problem} (see pytorch.org/get-started), or run on the CPU with --no-gpus")
+        if available:
+            return torch.accelerator.current_accelerator()
+    return torch.device("cpu")
+
+
+def unusable_gpu() -> str | None:
+    """Why PyTorch can't use this machine's NVIDIA GPU, and what to install; None if nothing speaks against it."""
+    if torch.version.cuda is None or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return None
+    if torch.cuda.is_available():
+        (major, minor), built = torch.cuda.get_device_capability(), " ".join(torch.cuda.get_arch_list())
+        kernels = [(kind, int(x), int(y)) for kind, x, y in re.findall(r"(sm|compute)_(\d+)(\d)", built)]
+        # Code for a GPU runs on later ones of the same generation; compute_ is compiled again for any later one.
+        if not kernels or any((kind == "compute" or x == major) and (x, y) <= (major, minor) for kind, x, y in kernels):
+            return None
+        gpu = f"the GPU ({torch.cuda.get_device_name()}, sm_{major}{minor})"
+        return f"PyTorch {torch.__version__} has no code for {gpu}, only for {built}: install a build for another CUDA"
+    try:
+        command = ["nvidia-smi", "--list-gpus"]
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+        gpu = re.search(r"GPU \d+: (.*?) \(UUID", listed)[1]
+        torch.cuda.init()
+    except (OSError, subprocess.SubprocessError, TypeError):  # no driver, or one without a GPU
+        return None
+    except RuntimeError as error:
+        why = f"PyTorch {torch.__version__} can't use the GPU ({gpu}): {reason(error)[:300]}"
+        return f"{why}: update the driver, or install a build for an older CUDA"
+    return None
+
+
+def set_deterministic(on: bool) -> None:
+    """Let PyTorch use only algorithms that repeat bit for bit, or warn where it has none; call it before any GPU is."""
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(on, warn_only=True)
 
 
 def cpu_is_faster_in_bfloat16() -> bool:
@@ -480,28 +531,38 @@ def cpu_is_faster_in_bfloat16() -> bool:
     return amx or (amd and capabilities.get("avx512_bf16", False))
 
 
-def choose_dtype(dtype: str, device: torch.device) -> torch.dtype | None:
+def choose_dtype(dtype: str, device: torch.device, *, cuda_graphs: bool = False) -> torch.dtype | None:
     """What networks compute in: bfloat16, or None for float32 (on a GPU also tf32, which is set here)."""
     gpu = device.type == "cuda"
-    if dtype == "auto":
-        faster = torch.cuda.is_bf16_supported(including_emulation=False) if gpu else cpu_is_faster_in_bfloat16()
-        dtype = "bfloat16" if faster else "float32"
+    if dtype == "auto" and gpu and torch.cuda.is_bf16_supported(including_emulation=False):  # tf32 then is too
+        # Its casts are a third more kernels, each of which Python launches unless there are graphs. Not measured yet.
+        dtype = "bfloat16" if cuda_graphs else "tf32"
+    elif dtype == "auto":
+        dtype = "bfloat16" if device.type == "cpu" and cpu_is_faster_in_bfloat16() else "float32"
     if gpu:
         torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
         torch.backends.cudnn.allow_tf32 = dtype == "tf32"
     elif dtype == "tf32":
-        raise UserError("--dtype=tf32 needs a GPU, and this run is on a CPU: use float32, bfloat16 or auto")
+        raise UserError("--dtype=tf32 needs a GPU with CUDA, which this run has not: use float32, bfloat16 or auto")
     return torch.bfloat16 if dtype == "bfloat16" else None
+
+
+def dtype_name(dtype: torch.dtype | None, device: torch.device) -> str:
+    """The name that --dtype has for what `choose_dtype` has chosen."""
+    tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
+    return "bfloat16" if dtype else "tf32" if tf32 else "float32"
 
 
 def images_at_once(device: torch.device) -> int:
     """How many images to test or draw together: what fits the CPU's cache."""
-    return 512 if device.type == "cuda" else 64
+    return 64 if device.type == "cpu" else 512
 
 
 def device_name(device: torch.device) -> str:
     """The GPU's name, or the CPU with its number of threads."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cpu":
+        return f"CPU, {torch.get_num_threads()} threads"
+    return getattr(torch.get_device_module(device), "get_device_name", lambda _: device.type.upper())(device)
 
 
 class Captured:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import dgr
 from data import Split, Task
-from utils import Observer, UserError, number, option
+from utils import Observer, UserError, number, option, out_of_memory
 
 
 def importance(text: str) -> float | str:
@@ -274,10 +274,18 @@ class Training:
 
     def _precisions(self, tests: dict[int, Split], *, task_known: bool = False) -> dict[str, float]:
         """Precision on these tests by task. task_known: with the classes of the task as the only answers."""
-        solver, at_once, values = self.scholar.solver.remember(), self.images_at_once, {}
+        solver, values = self.scholar.solver.remember(), {}
         for task, test in tests.items():
             classes = self.tasks[task - 1].train.labels.unique() if task_known else None
-            values[f"precision-{task}"] = precision(solver, test, at_once, classes=classes, head=task - 1)
+            while f"precision-{task}" not in values:
+                try:
+                    value = precision(solver, test, self.images_at_once, classes=classes, head=task - 1)
+                    values[f"precision-{task}"] = value
+                except (MemoryError, RuntimeError) as error:
+                    if self.images_at_once == 1 or not out_of_memory(error):
+                        raise
+                if f"precision-{task}" not in values:  # outside the handler, which keeps the block's memory
+                    self.images_at_once //= 2
         return values
 
     def _watched(self, phase: str, learning: Iterator[dict[str, Tensor]], iterations: int) -> Iterator[int]:
@@ -312,7 +320,13 @@ class Training:
         if self.options.lr_schedule == "linear":
             for optimiser in optimisers(getattr(self.scholar, phase)).values():
                 for group in getattr(optimiser, "param_groups", ()):
-                    group["lr"] = group.setdefault("initial_lr", group["lr"]) * (1 - done)
+                    if "initial_lr" not in group:  # to read it from a GPU is to wait
+                        group["initial_lr"] = float(group["lr"])
+                    rate = group["initial_lr"] * (1 - done)
+                    if isinstance(group["lr"], Tensor):  # which a CUDA graph reads
+                        group["lr"].fill_(rate)
+                    else:
+                        group["lr"] = rate
 
     def _show_samples(self, iteration: int, iterations: int) -> None:
         """Draw samples if an observer wants them now."""
@@ -357,7 +371,7 @@ class Training:
             "optimisers": {name: optimiser.state_dict() for name, optimiser in optimisers(self.scholar).items()},
             "replay": None if self.replay is None else self.replay.state_dict(),
             "random": torch.get_rng_state(),
-            "random_of_gpu": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            "random_of_gpu": None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -374,8 +388,8 @@ class Training:
             optimiser.load_state_dict(state["optimisers"][name])
         torch.set_rng_state(state["random"])
         device = next(self.scholar.parameters()).device
-        if device.type == "cuda" and state["random_of_gpu"] is not None:
-            torch.cuda.set_rng_state(state["random_of_gpu"], device)
+        if device.type != "cpu" and state["random_of_gpu"] is not None:
+            torch.get_device_module(device).set_rng_state(state["random_of_gpu"], device)
 
 
 def at_interval(iteration: int, interval: int | None, last: int) -> bool:

@@ -156,7 +156,7 @@ def run_program(main: Callable[[], None]) -> None:
     except UserError as error:
         fail(f"error: {error}")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(" ".join(map(str, causes(error)))):
+        if not out_of_memory(error):
             raise
         smaller = "--batch-size, --solver-channel-size or --generator-c-channel-size and --generator-g-channel-size"
         fail(f"error: out of memory: try a smaller {smaller}, or --dtype=bfloat16")
@@ -173,6 +173,11 @@ def run_program(main: Callable[[], None]) -> None:
 def causes(error: BaseException | None) -> list[BaseException]:
     """An error and those behind it: CUDA graphs hide a lack of memory behind their own error."""
     return [] if error is None else [error, *causes(error.__context__)]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory is short, by this error or one behind it."""
+    return any(isinstance(cause, MemoryError) or OUT_OF_MEMORY.search(str(cause)) for cause in causes(error))
 
 
 def discard_output() -> None:

@@ -162,8 +162,8 @@ class Clock:
         return (time.perf_counter() - start) / times
 
     def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
 
 
 def peak_memory(device: torch.device) -> int:
@@ -206,7 +206,7 @@ def operations(work: Callable[[], Any], times: int) -> float:
 
 def measure(options: main.Options, repetitions: int) -> list[dict[str, Any]]:
     device = models.choose_device(gpus=not options.no_gpus)
-    dtype = models.choose_dtype(options.dtype, device)
+    dtype = models.choose_dtype(options.dtype, device, cuda_graphs=options.cuda_graphs)
     clock = Clock(device)
     torch.manual_seed(options.seed)
     random = np.random.default_rng(options.seed)
@@ -287,7 +287,7 @@ def measure(options: main.Options, repetitions: int) -> list[dict[str, Any]]:
     flops_limit, bytes_limit = peak_rates(clock, dtype)
     circumstances = {
         "repetitions": repetitions,
-        "compute_dtype": str(dtype or torch.float32),
+        "compute_dtype": models.dtype_name(dtype, device),
         "torch": torch.__version__,
         "commit": utils.commit(),
         "limit_gflop_per_s": flops_limit / 1e9,

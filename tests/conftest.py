@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -190,6 +192,49 @@ def assert_one_line_error(process: subprocess.CompletedProcess, status: int, *wo
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+class Recording(TorchDispatchMode):
+    """Stands in for a CUDA graph: keeps the operations of some work, and every number in them as it was."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.fresh = [], True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.operations.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        """Do it all again into the same memory; not the first time, as recording was doing it too."""
+        for func, args, kwargs, out in () if self.fresh else self.operations:
+            for kept, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(kept, torch.Tensor) and kept.data_ptr() != new.data_ptr():  # no view
+                    kept.copy_(new)
+        self.fresh = False
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """Let --cuda-graphs work on the CPU; the list of what it records."""
+    made = []
+
+    def record(_captured, work):
+        with Recording() as recording:
+            values = work()
+        made.append(recording)
+
+        def replay():
+            with torch.no_grad():
+                recording.replay()
+            return values
+
+        return replay
+
+    monkeypatch.setattr(models.Captured, "_aside", lambda _captured, work: work())
+    monkeypatch.setattr(models.Captured, "_record", record)
+    return made
 
 
 @pytest.fixture

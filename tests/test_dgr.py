@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, SMALL, Constant, assert_same_state, relative_error, small_scholar, state
 from torch import nn
 
+import data
 import dgr
 import models
 
@@ -303,23 +304,32 @@ def test_learn_solver_is_adam_on_equation_1():
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
-def test_no_update_waits_for_a_number():
-    """Losses stay on the device: the size of the mix, drawn on the CPU, is all that an update reads of a tensor."""
+def learn_on_meta(mode: str, **parts) -> None:
+    """Updates and what they need, on PyTorch's meta device: it has no numbers, so what waits for one fails."""
+    scholar = small_scholar(**parts).to("meta")
+    images, labels = torch.zeros(20, 1, 32, 32, dtype=torch.uint8), torch.zeros(20, dtype=torch.int64)
+    split = data.Split(images, labels, permutation=torch.arange(1024)).to(torch.device("meta"))
+    how = {"r": 0.5, "iterations": 3, "batch_size": 4}
+    replay_mode = dgr.REPLAY_MODES[mode]
+    for kind in replay_mode.target_kinds if replay_mode else ("none",):
+        replay = replay_mode and replay_mode(scholar, [split, split], dgr.Targets(kind))
+        list(dgr.learn_generator(scholar.generator, split, replay, **how))
+        list(dgr.learn_solver(scholar.solver, split, replay, **how))
 
-    class Reads(torch.utils._python_dispatch.TorchDispatchMode):
-        count = 0
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.count += func is torch.ops.aten._local_scalar_dense.default
-            return func(*args, **(kwargs or {}))
+@pytest.mark.parametrize("solver", models.SOLVERS)
+@pytest.mark.parametrize("generator", models.GENERATORS)
+@pytest.mark.parametrize("mode", dgr.REPLAY_MODES)
+def test_no_update_waits_for_the_device(mode, generator, solver):
+    """The size of the mix, drawn on the CPU, is all that updates read."""
+    learn_on_meta(mode, generator=generator, solver=solver)
 
-    scholar = small_scholar()
-    how = {"r": 0.5, "iterations": 5, "batch_size": 4}
-    for part, learn, expected in (("generator", dgr.learn_generator, 5), ("solver", dgr.learn_solver, 0)):
-        updates = learn(getattr(scholar, part), Constant(0.1, 1), generative_replay(scholar), **how)
-        with Reads() as reads:
-            list(updates)
-        assert reads.count == expected * SMALL.generator_c_updates_per_g_update
+
+def test_an_update_that_waits_for_the_device_is_found(monkeypatch):
+    plain = models.step
+    monkeypatch.setattr(models, "step", lambda optimiser, loss: loss.item() < 100 and plain(optimiser, loss))
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        learn_on_meta("none")
 
 
 # ---------------------------------------------------------------------------------- an output layer per task, penalty

@@ -11,10 +11,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 
 import pytest
+import torch
 from conftest import ROOT, TINY, assert_one_line_error, call, run, start, write_small_mnist
 
 import data
@@ -82,6 +84,49 @@ def test_seeds_side_by_side_equal_runs_alone(tmp_path, small_mnist):
     assert call("main.py", "--train", *flags, cwd=tmp_path).returncode == 0
     metrics = [(tmp_path / where / NOISE / "metrics.csv").read_text() for where in ("alone", "results/seed-5")]
     assert metrics[0] == metrics[1]
+
+
+@pytest.mark.parametrize(
+    ("visible", "seen", "gpus"),
+    [
+        (None, 2, ["0", "1", "0", "1"]),
+        (None, 1, ["0"] * 4),
+        (None, 0, ["none"] * 4),
+        ("5, 2,-1,7", 8, ["5", "2", "5", "2"]),
+        ("GPU-6c5b", 8, ["GPU-6c5b"] * 4),
+        ("", 8, [""] * 4),
+    ],
+)
+def test_runs_are_spread_over_the_visible_gpus(full, tmp_path, monkeypatch, visible, seen, gpus):
+    """With a stand-in for main.py that tells which GPU it is given; `seen` is how many PyTorch would count."""
+    (tmp_path / "main.py").write_text("import os\nprint('GPU', os.environ.get('CUDA_VISIBLE_DEVICES', 'none'))\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(main, "__file__", str(tmp_path / "main.py"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    jobs = full.make_jobs("noise-replay", [0, 1, 2, 3], TINY)
+    full.run_jobs(jobs, argparse.Namespace(ray=None, jobs=4))
+    assert sorted(job.log.read_text().splitlines()[-1] for job in jobs) == sorted(f"GPU {gpu}" for gpu in gpus)
+
+
+def test_no_two_runs_share_a_gpu_while_another_is_free(full, tmp_path, monkeypatch):
+    """Six runs, three at a time, on three GPUs."""
+    under_way, most, turn = [], [], threading.Barrier(3)
+
+    def run_here(_job, _logged, environment, _stopping):
+        under_way.append(environment["CUDA_VISIBLE_DEVICES"])
+        turn.wait(60)
+        most.append(sorted(under_way))
+        turn.wait(60)
+        under_way.remove(environment["CUDA_VISIBLE_DEVICES"])
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,4,6")
+    monkeypatch.setattr(full, "run_here", run_here)
+    full.run_jobs(full.make_jobs("noise-replay", list(range(6)), TINY), argparse.Namespace(ray=None, jobs=3))
+    assert most == [["1", "4", "6"]] * 6
 
 
 def test_a_failed_run_stops_no_other(tmp_path, small_mnist):

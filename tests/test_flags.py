@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_one_line_error, call, run
+from conftest import ROOT, TINY, assert_one_line_error, call, choose_device, run
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -51,8 +51,7 @@ import utils
         (["--train", "--checkpoint-interval=inf"], ["--checkpoint-interval", "at most 2147483647"]),
         (["--train", "--solver-depth=3", "--solver-reducing-layers=3"], ["--solver-reducing-layers", "2 convolutions"]),
         (["--train", "--cuda-graphs", "--no-gpus"], ["--cuda-graphs", "--no-gpus"]),
-        (["--train", "--cuda-graphs", "--lr-schedule=linear"], ["--cuda-graphs", "--lr-schedule=constant"]),
-        (["--train", "--cuda-graphs", "--quick"], ["--cuda-graphs", "--lr-schedule=constant"]),
+        (["--train", "--cuda-graphs"], ["--cuda-graphs", "PyTorch finds none"]),
         (["--train", "--dtype=fp16"], ["--dtype", "float32", "bfloat16"]),
         (["--train", "--precision=bf16"], ["--precision"]),
         (["--train", "--visdom-port=70000"], ["--visdom-port", "65535"]),
@@ -271,6 +270,16 @@ def test_a_recipe_changes_defaults_only(recipe, experiment):
     assert parse(f"--experiment={experiment} --recipe={recipe}").flags == []
 
 
+@pytest.mark.parametrize("recipe", main.RECIPES)
+def test_updates_of_every_recipe_can_be_graphs(recipe, monkeypatch):
+    """With a falling learning rate too."""
+    monkeypatch.setattr(models, "choose_device", lambda *, gpus: torch.device("cuda"))
+    for experiment in data.EXPERIMENTS:
+        options = parse(f"--recipe={recipe} --experiment={experiment} --cuda-graphs --lr-schedule=linear")
+        main.check_machine(options)
+        assert options.cuda_graphs and options.lr_schedule == "linear"
+
+
 def test_soft_targets_of_a_recipe_are_only_for_a_mode_that_has_them(monkeypatch):
     class Hard(dgr.GenerativeReplay):
         target_kinds = ("hard",)
@@ -381,7 +390,87 @@ def test_hostile_names_stay_in_their_directories(tmp_path):
     assert Path(name).name == name and "\n" not in name and "$" not in name
 
 
-# ---------------------------------------------------------------------------------------------- memory, dtype
+# -------------------------------------------------------------------------------------- devices, memory, dtype
+
+
+def pretend_gpu(monkeypatch, capability=None, smi="", why="", **environment):
+    """A machine with a GPU of this capability that PyTorch sees; or that it does not, which nvidia-smi lists."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for module in (torch.cuda, torch.accelerator):
+        monkeypatch.setattr(module, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA GPU of 2017")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90a", "sm_120", "compute_120"])
+    monkeypatch.setattr(torch.cuda, "init", lambda: throw(RuntimeError(why)) if why else None)
+    found = subprocess.CompletedProcess([], 0, smi)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: found if smi else throw(FileNotFoundError()))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+
+SMI = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-6c5b)\nGPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-77aa)\n"
+OLD = "The NVIDIA driver on your system is too old (found version 11040).\nPlease update your GPU driver."
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 9), (9, 0), (12, 0), (12, 1), (13, 0)])
+def test_a_gpu_that_pytorch_has_code_for_is_used(monkeypatch, capability):
+    pretend_gpu(monkeypatch, capability)
+    assert choose_device().type == "cuda" and choose_device(gpus=False).type == "cpu"
+
+
+@pytest.mark.parametrize("capability", [(6, 1), (7, 0), (7, 2), (10, 0)])
+def test_a_gpu_that_pytorch_has_no_code_for_is_named(monkeypatch, capability):
+    pretend_gpu(monkeypatch, capability)
+    name = "NVIDIA GPU of 2017, sm_{}{}".format(*capability)
+    with pytest.raises(utils.UserError, match=rf"no code for the GPU \({name}\), only for sm_75.*install.*--no-gpus"):
+        choose_device()
+    assert choose_device(gpus=False).type == "cpu"
+
+
+def test_a_gpu_whose_driver_is_too_old_is_named(monkeypatch):
+    pretend_gpu(monkeypatch, smi=SMI, why=OLD)
+    with pytest.raises(utils.UserError, match=r"H100 80GB HBM3.*driver on your system is too old.*update.*--no-gpus"):
+        choose_device()
+    assert choose_device(gpus=False).type == "cpu"
+
+
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_a_gpu_that_is_hidden_on_purpose_is_left_alone(monkeypatch, hidden):
+    pretend_gpu(monkeypatch, smi=SMI, why="No CUDA GPUs are available", CUDA_VISIBLE_DEVICES=hidden)
+    assert choose_device().type == "cpu"
+
+
+@pytest.mark.parametrize("smi", ["", "No devices were found"])
+def test_without_a_gpu_the_cpu_is_used(monkeypatch, smi):
+    pretend_gpu(monkeypatch, smi=smi, why="Found no NVIDIA driver on your system.")
+    assert choose_device().type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("capability", "graphs", "name"), [((9, 0), False, "tf32"), ((9, 0), True, "bfloat16"), ((7, 5), True, "float32")]
+)
+def test_a_gpu_computes_in_tf32_or_with_graphs_in_bfloat16(monkeypatch, capability, graphs, name):
+    """Where it has them: since Ampere, 8.0."""
+    pretend_gpu(monkeypatch, capability)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation: capability >= (8, 0))
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
+    gpu = torch.device("cuda")
+    dtype = models.choose_dtype("auto", gpu, cuda_graphs=graphs)
+    assert (models.dtype_name(dtype, gpu), torch.backends.cudnn.allow_tf32) == (name, name == "tf32")
+    assert models.device_name(gpu) == "NVIDIA GPU of 2017"
+
+
+def test_other_accelerators_compute_in_float32(monkeypatch):
+    """Apple's GPUs, which PyTorch calls mps, and Intel's; untried."""
+    pretend_gpu(monkeypatch)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    device = choose_device()
+    assert device.type == "mps" and models.device_name(device) == "MPS" and models.images_at_once(device) == 512
+    assert models.choose_dtype("auto", device) is None and models.dtype_name(None, device) == "float32"
 
 
 @pytest.mark.parametrize("flag", ["--solver-channel-size=8388608", "--generator-z-size=2147483647"])

@@ -498,29 +498,28 @@ PARTS = pytest.mark.parametrize("parts", [{}, {"generator": "vae", "solver": "ml
 
 
 @PARTS
-def test_captured_updates_are_the_updates(parts, monkeypatch):
-    """All but the recording itself, which needs a GPU: here, Python repeats the recorded work."""
-
-    def record(_captured, work):
-        values = {}
-
-        def replay():
-            for name, value in work().items():
-                values.setdefault(name, torch.empty_like(value)).copy_(value)  # always the same tensors
-            return values
-
-        recorded.append(replay)
-        return replay
-
-    recorded = []
-    monkeypatch.setattr(models.Captured, "_aside", lambda _captured, work: work())
-    monkeypatch.setattr(models.Captured, "_record", record)
-    eager, captured = eager_and_captured(replace(SMALL, **parts), "cpu")
+def test_captured_updates_are_the_updates(parts, recordings):
+    """All but the graph itself, which needs a GPU."""
+    eager, captured = eager_and_captured(replace(SMALL, lr=2**-10, **parts), "cpu")  # a rate that float32 has
     eager_losses, losses, apart = losses_in_step(eager, captured, "cpu", 10)
     assert torch.equal(eager_losses, losses) and apart == 0
-    assert len(recorded) == len(captured.generator.captured) + 1
+    assert len(recordings) == len(captured.generator.captured) + 1
     list(dgr.learn_solver(captured.solver, random_rows("cpu"), random_rows("cpu"), r=0.5, iterations=10, batch_size=8))
-    assert len(recorded) == len(captured.generator.captured) + 2  # another r, another graph
+    assert len(recordings) == len(captured.generator.captured) + 2  # another r, another graph
+
+
+def test_only_graphs_make_the_rate_a_tensor(monkeypatch):
+    """It is made on the device of the run, and stays the one that a graph reads when a state is loaded."""
+    asked = []
+    monkeypatch.setattr(models, "choose_device", lambda *, gpus: asked.append(gpus) or torch.device("cpu"))
+    eager, captured = (train.optimisers(small_scholar(cuda_graphs=graphs)) for graphs in (False, True))
+    assert asked == [True] * len(captured) and len(captured) == 3
+    for name, adam in captured.items():
+        (rate,) = (group["lr"] for group in adam.param_groups)
+        adam.load_state_dict(eager[name].state_dict() | {"param_groups": [eager[name].param_groups[0] | {"lr": 0.5}]})
+        assert adam.param_groups[0]["lr"] is rate and rate.dtype == torch.float32 and rate == 0.5
+        eager[name].load_state_dict(adam.state_dict())
+        assert eager[name].param_groups[0]["lr"] == 0.5 and type(eager[name].param_groups[0]["lr"]) is float
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.values())

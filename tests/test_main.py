@@ -20,6 +20,7 @@ from test_resume import harm
 import data
 import dgr
 import main
+import models
 import utils
 
 NAME = "permutated-mnist-generative-replay-r0.3"
@@ -88,6 +89,32 @@ def test_a_run_prints_the_outcome_and_a_line_for_each_phase(trained):
     lines = [line for line in process.stderr.splitlines() if not line.startswith("warning: ")]
     expected = [f"task {task}/2 {phase}" for task in (1, 2) for phase in ("generator", "solver")]
     assert [line.split(":")[0] for line in lines] == expected and "\r" not in process.stderr
+
+
+def test_a_run_names_its_device_and_number_format(trained):
+    config = read_json(trained[0] / "results" / NAME / "config.json")
+    assert trained[1].stdout.splitlines()[0] == f"{NAME} runs on {config['device']}, in {config['dtype']}"
+    assert config["device"] == models.device_name(torch.device("cpu"))
+    assert config["versions"]["cudnn"] == str(torch.backends.cudnn.version())
+
+
+def test_deterministic_is_asked_for_before_a_run_and_changes_nothing_on_a_cpu(
+    trained, tmp_path, small_mnist, monkeypatch
+):
+    def load(library, name, plain=data.Library.load):
+        asked.append((torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
+        return plain(library, name)
+
+    asked, metrics = [], f"results/{NAME}/metrics.csv"
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setattr(data.Library, "load", load)
+    try:
+        assert train(tmp_path, small_mnist, "--deterministic").returncode == 0
+    finally:
+        models.set_deterministic(False)
+    assert asked == [(True, ":4096:8")] and not torch.are_deterministic_algorithms_enabled()
+    assert (tmp_path / metrics).read_bytes() == (trained[0] / metrics).read_bytes()
 
 
 def test_same_seed_same_files(trained, tmp_path, small_mnist):

@@ -123,6 +123,23 @@ def test_every_setting_resumes(tmp_path, small_mnist, monkeypatch, setting):
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 
+def test_a_falling_rate_reaches_graphs_recorded_before_and_after_a_resume(
+    tmp_path, small_mnist, monkeypatch, recordings
+):
+    """A run with graphs, cut off, continued without and again with them, ends as the eager one, bit for bit."""
+    settings = ["--lr-schedule=linear", "--generator-iterations=8", "--solver-iterations=8", f"--lr={2**-10}"]
+    settings += ["--image-log-interval=8", "--sample-log-interval=8"]
+    run_here(flags(tmp_path / "whole", small_mnist, *settings))
+    assert not recordings
+    cut = flags(tmp_path / "cut", small_mnist, *settings)
+    run_until(monkeypatch, 13, [*cut, "--cuda-graphs"])
+    recorded = len(recordings)
+    run_until(monkeypatch, 10, [*cut, "--resume"])
+    assert len(recordings) == recorded == 3  # critic, generator, solver
+    run_here([*cut, "--resume", "--cuda-graphs"])
+    assert len(recordings) > 3 and outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("graphs", [[], ["--cuda-graphs"]], ids=["eager", "captured"])
 def test_a_run_on_a_gpu_is_cut_off_and_continues_there(tmp_path, small_mnist, monkeypatch, gpu, graphs):
     run_until(monkeypatch, 14, flags(tmp_path, small_mnist, *graphs))

@@ -84,6 +84,36 @@ def test_precision_counts_right_answers_over_the_whole_split(small_mnist):
     assert train.precision(Nine(torch.nn.Identity()), small_tasks(small_mnist)[0].test, 7) == 0.1
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_out_of_memory_in_a_test_halves_the_block_and_goes_on(small_mnist, monkeypatch, error):
+    blocks, plain = [], dgr.Solver.answer
+
+    def answer(solver, x):
+        blocks.append(len(x))
+        if len(x) > 16:
+            raise error
+        return plain(solver, x)
+
+    torch.manual_seed(1)
+    whole, _ = learn(small_mnist, replay_mode="none")
+    torch.manual_seed(1)
+    monkeypatch.setattr(dgr.Solver, "answer", answer)
+    training, _ = learn(small_mnist, replay_mode="none")
+    assert training.matrix == whole.matrix and training.images_at_once == 16
+    assert [n for n in blocks if n > 16] == [20, 20]  # 64 at once, then 32; remembered from then on
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("no such kernel")])
+def test_what_smaller_blocks_do_not_help_ends_the_run(small_mnist, monkeypatch, error):
+    def answer(_solver, x):
+        raise error
+
+    monkeypatch.setattr(dgr.Solver, "answer", answer)
+    with pytest.raises(RuntimeError) as raised:
+        learn(small_mnist, replay_mode="none")
+    assert raised.value is error
+
+
 def test_curves_are_measured_on_subsets_of_test_splits_and_the_summary_on_all_of_them(small_mnist, monkeypatch):
     """differences.md, 19."""
     seen = []
