@@ -84,7 +84,7 @@ class Progress(Observer):
     """A bar for each phase on a terminal; a line for each phase elsewhere."""
 
     def __init__(self, tasks: int):
-        self._tasks, self._bar = tasks, tqdm(disable=True)
+        self._tasks, self._bar, self._values = tasks, tqdm(disable=True), {}
 
     def begin(self, phase: str, task: int, iterations: int, done: int) -> None:
         self._title, self._left = f"task {task}/{self._tasks} {phase}", iterations - done
