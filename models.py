@@ -4,11 +4,16 @@
 write a class like these and add a line to `GENERATORS` or `SOLVERS`; its options are fields of the dataclasses below.
 """
 
+import argparse
 import copy
 import gc
+import importlib
+import os
+import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +23,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import dgr
 import gan
-from utils import UserError, option
+import utils
+from utils import UserError, option, reason
 
 IMAGE_SIZE = 32
 
@@ -26,11 +32,32 @@ IMAGE_SIZE = 32
 DTYPES = "number format of the networks; auto: bfloat16 where it is faster (GPUs, CPUs with AMX, AMD with AVX512-BF16)"
 
 
+def class_of(known: Callable[[], dict[str, Any]]) -> Callable[[str], str]:
+    """A function that reads one of these names, or MODULE:CLASS of a module that Python finds from here."""
+
+    def parse(text: str) -> str:
+        module, _, name = text.partition(":")
+        if text not in known() and not name:
+            raise argparse.ArgumentTypeError(f"{text!r} is neither one of {', '.join(known())} nor MODULE:CLASS")
+        if text not in known():
+            sys.path += [] if os.getcwd() in sys.path else [os.getcwd()]
+            try:
+                known()[text] = getattr(importlib.import_module(module), name)
+            except (Exception, SystemExit) as error:  # whatever a module does while it is imported
+                raise argparse.ArgumentTypeError(f"{text!r} can't be imported: {reason(error)[:200]}") from error
+        return text
+
+    return parse
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScholarOptions:
     """What a scholar is made of."""
 
-    generator: str = option("wgan", "WGAN-GP or VAE", "networks", choices=lambda: GENERATORS, group="generator")
+    generator: str = option(
+        "wgan", "WGAN-GP, VAE, or your own MODULE:CLASS", "networks", choices=lambda: GENERATORS, group="generator",
+        parse=class_of(lambda: GENERATORS), metavar="{wgan,vae,MODULE:CLASS}",
+    )  # fmt: skip
     generator_lambda: float = option(10.0, "weight of the gradient penalty (wgan)", low=0)
     generator_z_size: int = option(100, "size of the noise", "networks", low=1)
     generator_c_channel_size: int = option(64, "channels of the critic's first layer (wgan)", "networks", low=1)
@@ -41,7 +68,10 @@ class ScholarOptions:
         low=1,
     )
     generator_c_updates_per_g_update: int = option(5, "critic updates per generator update (wgan)", low=1)
-    solver: str = option("cnn", "convolutional or linear layers", "networks", choices=lambda: SOLVERS, group="solver")
+    solver: str = option(
+        "cnn", "convolutional or linear layers, or MODULE:CLASS", "networks", choices=lambda: SOLVERS, group="solver",
+        parse=class_of(lambda: SOLVERS), metavar="{cnn,mlp,MODULE:CLASS}",
+    )  # fmt: skip
     solver_depth: int = option(5, "number of convolutions and the linear layer (cnn)", "networks", low=2, high=32)
     solver_reducing_layers: int = option(
         3, "number of stride-2 convolutions, counted from the last one (cnn)", "networks", low=0, high=5
@@ -396,6 +426,83 @@ def make_scholar(
             for name in getattr(part, "captured", ()):
                 setattr(part, name, Captured(getattr(part, name)))
     return scholar
+
+
+NO_CRITIC = ("generator_lambda", "generator_c_channel_size", "generator_c_updates_per_g_update")
+
+
+def unused(options: ScholarOptions) -> dict[str, str]:
+    """The options without effect beside these networks, and what takes it from them."""
+    found = dict.fromkeys(NO_CRITIC, "--generator=vae") if options.generator == "vae" else {}
+    convolutions = dict.fromkeys(("solver_depth", "solver_reducing_layers"), "--solver=mlp")
+    return found | (convolutions if options.solver == "mlp" else {})
+
+
+def check_networks(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse convolutions that can't be made or can't learn, and updates that can't be recorded."""
+    size, depth, reducing = options.solver_channel_size, options.solver_depth, options.solver_reducing_layers
+    if options.cuda_graphs and options.lr_schedule != "constant":
+        parser.error("argument --cuda-graphs: it needs --lr-schedule=constant, as recorded updates keep their rate")
+    if options.solver != "cnn":
+        return
+    if size % (multiple := 2 ** (depth - 2)):
+        parser.error(f"argument --solver-channel-size: {size} is not a multiple of {multiple} (--solver-depth {depth})")
+    if reducing > depth - 1:
+        parser.error(f"argument --solver-reducing-layers: --solver-depth {depth} has only {depth - 1} convolutions")
+    if options.batch_size == 1 and reducing == 5:
+        parser.error("argument --batch-size: use at least 2: batch normalisation can't normalise a single value")
+
+
+def load_scholar(
+    path: Path, options: ScholarOptions, compute_dtype: torch.dtype | None
+) -> tuple[dict[str, Any], dgr.Scholar]:
+    """A checkpoint and its scholar, on the CPU. Raises UserError if the scholar does not fit the options."""
+    checkpoint = utils.load_checkpoint(path)
+    networks = {f.name for f in fields(options) if f.metadata.get("changes") == "networks"} - set(unused(options))
+    if changes := utils.differences(checkpoint["options"], asdict(options), sorted(networks)):
+        raise UserError(f"{path} was trained with {changes}: use the flags it was trained with")
+    shape = checkpoint["image_channels"], checkpoint["classes"]
+    scholar = make_scholar(*shape, options, compute_dtype=compute_dtype)
+    with utils.reading(path, f"{path} does not fit the flags"):
+        scholar.load_state_dict(checkpoint["scholar"])
+    return checkpoint, scholar
+
+
+def inherit(scholar: dgr.Scholar, state: dict[str, Any]) -> None:
+    """Load the state of a scholar that may have fewer classes: a wider layer keeps its own weights for the rest."""
+    fresh = scholar.state_dict()
+
+    def widen(value: Any, wider: Any) -> Any:
+        fits = not isinstance(value, Tensor) or value.shape == wider.shape
+        return value if fits else torch.cat([value.to(wider.device), wider[len(value) :]])
+
+    scholar.load_state_dict({name: widen(value, fresh.get(name, value)) for name, value in state.items()})
+
+
+class AmongMore(nn.Module):
+    """A network that scores some classes, among more: the score of those that it does not know is minus infinity."""
+
+    def __init__(self, net: nn.Module, classes: int):
+        super().__init__()
+        self.net, self.classes = net, classes
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.net(x)
+        return F.pad(scores, (0, self.classes - scores.shape[1]), value=-torch.inf)
+
+    def frozen(self) -> "AmongMore":
+        return AmongMore(dgr.frozen(self.net), self.classes).eval()
+
+
+def sample_grid(generator: dgr.Generator, n: int, seed: int) -> Tensor:
+    """Images (n, channels, 32, 32) from the same noise every time, on every machine and device.
+
+    They have a random stream of their own, so looking does not change what is learned.
+    """
+    device = next(generator.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)  # of all devices, for generators that draw more than z
+        return generator.sample(n, torch.randn(n, generator.z_size).to(device))
 
 
 def choose_device(*, gpus: bool = True) -> torch.device:

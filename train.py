@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import dgr
-from data import Split, Task
+from data import Split, Task, mark
 from utils import Observer, UserError, number, option
 
 
@@ -27,6 +27,19 @@ TARGETS = (
     "labels of replayed images: true labels (exact replay only), the old solver's class (hard) or its probabilities "
     "(soft) (default: true for exact-replay, else hard; recipes other than 2017: soft for hard)"
 )
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a run continues from.
+
+    scholar: answers among all classes of the run. earlier: a mark (`data.mark`) for each task it has learned that is
+    not among the run's tasks. given: how many of them are, which the run's tasks then begin with.
+    """
+
+    scholar: dgr.Scholar
+    earlier: list[str]
+    given: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +82,15 @@ class TrainingOptions:
         return self.sample_log or (mode is not None and mode.needs_generator)
 
 
+def answers(solver: dgr.Solver, split: Split, images_at_once: int) -> Tensor:
+    """The classes (n,) int64 that the solver gives a split's images."""
+    starts = range(0, len(split), images_at_once)
+    return torch.cat([solver.answer(split.batch(slice(start, start + images_at_once))[0]) for start in starts])
+
+
 def precision(solver: dgr.Solver, split: Split, images_at_once: int) -> float:
     """Test accuracy: the share of a split's images that the solver answers correctly, in [0, 1]."""
-    right = 0
-    for start in range(0, len(split), images_at_once):
-        x, y = split.batch(slice(start, start + images_at_once))
-        right = right + (solver.answer(x) == y).sum()
-    return int(right) / len(split)
+    return int((answers(solver, split, images_at_once) == split.labels).sum()) / len(split)
 
 
 Matrix = list[list[float | None]]  # row i, column j: precision on task j after task i; None where it was not measured
@@ -97,7 +112,9 @@ def forgetting(matrix: Matrix) -> float:
     if matrix[-1][0] is None:
         return max(row[i] for i, row in enumerate(matrix[:-1])) - matrix[-1][-1]
     old = range(len(matrix) - 1)
-    return sum(max(row[task] for row in matrix[task:-1]) - matrix[-1][task] for task in old) / len(old)
+    # A run that continues from a kept scholar has not measured the ones before it.
+    earlier = [[row[task] for row in matrix[task:-1] if row[task] is not None] for task in old]
+    return sum(max(values) - matrix[-1][task] for task, values in enumerate(earlier)) / len(old)
 
 
 class Training:
@@ -107,7 +124,9 @@ class Training:
     sample: draws images that show what the generator knows, without touching training's random stream.
     save_scholar: saves the scholar after a task.
     save_state: called after each phase and at the checkpoint interval, when `state_dict` is worth saving.
-    stop_requested: whether somebody wants training to stop; it then saves its state and raises `UserError`.
+    stop_requested: the number of the signal that wants training to stop, or 0; training then saves its state and raises
+        `UserError`.
+    before: what the new scholar, which starts from the same weights, continues from.
     """
 
     def __init__(
@@ -121,7 +140,8 @@ class Training:
         sample: Callable[[dgr.Scholar], Tensor],
         save_scholar: Callable[[dgr.Scholar], None],
         save_state: Callable[[], None] = lambda: None,
-        stop_requested: Callable[[], bool] = lambda: False,
+        stop_requested: Callable[[], int] = lambda: 0,
+        before: Before | None = None,
     ):
         self.new_scholar, self.tasks, self.options = new_scholar, tasks, options
         self.images_at_once = images_at_once
@@ -129,12 +149,18 @@ class Training:
         self.save_scholar, self._save_state, self.stop_requested = save_scholar, save_state, stop_requested
         self.scholar = new_scholar()
         self.replay: dgr.ReplayMode | None = None
-        self.task = 1
+        self.before = before
+        self.first = self.task = 1 + (before.given if before else 0)
         self.done = {"generator": 0, "solver": 0}  # iterations of this task
         self.matrix: Matrix = []
 
     def run(self) -> Matrix:
         """Learn the remaining tasks in order. Returns the precision matrix, measured on whole test sets."""
+        if self.options.trains_generator:
+            self._check_samples(self.sample(self.scholar))
+        if self.first > 1 and not self.matrix:  # what the scholar knows of the tasks before
+            self.matrix = [[None] * len(self.tasks) for _ in range(self.first - 2)]
+            self._measure(self.first - 1)
         self._save_state()
         self._last_saved = time.monotonic()
         while self.task <= len(self.tasks):
@@ -145,14 +171,15 @@ class Training:
 
     def _learn_task(self) -> None:
         options, task = self.options, self.tasks[self.task - 1]
-        if self.task > 1 and self.replay is None:
+        if (self.task > 1 or self.before) and self.replay is None:
             self.replay = self._make_replay()
             if options.chain:
                 self.scholar = self.new_scholar()
         if options.chain and self.replay is not None:
             current, replay, r = self.replay, None, 1.0
         else:
-            r = dgr.importance_of_new_task(options.importance_of_new_task, self.task)
+            earlier = len(self.before.earlier) if self.before else 0
+            r = dgr.importance_of_new_task(options.importance_of_new_task, self.task + earlier)
             current, replay = task.train, self.replay
         settings: dict[str, Any] = {"r": r, "batch_size": options.batch_size}
 
@@ -166,24 +193,33 @@ class Training:
         iterations, settings["temperature"] = options.solver_iterations, options.temperature
         left = iterations - self.done["solver"]
         learning = dgr.learn_solver(self.scholar.solver, current, replay, iterations=left, **settings)
-        seen = [self.task] if options.chain else range(1, self.task + 1)
-        tests = {number: self.tasks[number - 1].test for number in seen}
-        subsets = {number: test.subset(options.test_size) for number, test in tests.items()}
+        subsets = {number: test.subset(options.test_size) for number, test in self._tests(self.task).items()}
         for iteration in self._watched("solver", learning, iterations):
             if at_interval(iteration, options.eval_log_interval, iterations):
                 self._report("solver", iteration, self._precisions(subsets))
 
-        row = self._precisions(tests)
-        self.matrix.append([row.get(f"precision-{number}") for number in range(1, len(self.tasks) + 1)])
-        self._report("test", iterations, row)
+        self._measure(self.task)
         self.save_scholar(self.scholar)
+
+    def _tests(self, task: int) -> dict[int, Split]:
+        """The test splits, by number, that the scholar of a task is measured on."""
+        seen = [task] if self.options.chain else range(1, task + 1)
+        return {number: self.tasks[number - 1].test for number in seen}
+
+    def _measure(self, task: int) -> None:
+        """Measure the scholar of a task on whole test sets: a row of the matrix."""
+        row = self._precisions(self._tests(task))
+        self.matrix.append([row.get(f"precision-{number}") for number in range(1, len(self.tasks) + 1)])
+        for observer in self.observers:
+            observer.scalars("test", task, self.options.solver_iterations, row)
 
     def _make_replay(self) -> dgr.ReplayMode | None:
         """The replay mode with what the scholar knows now, and the data of the tasks before this one."""
         mode = dgr.REPLAY_MODES[self.options.replay_mode]
         if mode is None:
             return None
-        replay = mode(self.scholar, [old.train for old in self.tasks[: self.task - 1]], self.options.targets)
+        old_scholar = self.before.scholar if self.before and self.task == self.first else self.scholar
+        replay = mode(old_scholar, [old.train for old in self.tasks[: self.task - 1]], self.options.targets)
         replay.block = self.images_at_once
         return replay
 
@@ -209,10 +245,11 @@ class Training:
                     raise self._diverged(phase, iteration)
             yield iteration
             self.done[phase] = iteration
-            if self.stop_requested():
+            if signal := self.stop_requested():
                 self.save_state(phase)
                 where = f"task {self.task}, {phase} iteration {iteration}"
-                raise UserError(f"stopped at {where}; run the same command with --resume to continue")
+                again = "run the same command with --resume to continue"
+                raise UserError(f"stopped at {where}; {again}", status=128 + signal)
             if iteration == iterations or time.monotonic() - self._last_saved >= self.options.checkpoint_interval:
                 self.save_state(phase)
         for observer in self.observers:
@@ -230,8 +267,18 @@ class Training:
         watching = [o for o in self.observers if at_interval(iteration, o.image_interval, iterations)]
         if watching:
             images = self.sample(self.scholar)
+            self._check_samples(images)
             for observer in watching:
                 observer.images(self.task, iteration, images)
+
+    def _check_samples(self, images: Tensor) -> None:
+        """Refuse a generator whose images are not in [0, 1], where those of the data are."""
+        low, high = images.min().item(), images.max().item()
+        if low < 0 or high > 1:
+            raise UserError(
+                f"--generator: {type(self.scholar.generator).__name__} draws values from {low:.3g} to {high:.3g}, and "
+                "images are in [0, 1]: end its network with models.Sigmoid() (or, after a Tanh, compute (x + 1) / 2)"
+            )
 
     def _report(self, phase: str, iteration: int, values: dict[str, float]) -> None:
         for observer in self.observers:
@@ -283,6 +330,26 @@ class Training:
         device = next(self.scholar.parameters()).device
         if device.type == "cuda" and state["random_of_gpu"] is not None:
             torch.cuda.set_rng_state(state["random_of_gpu"], device)
+
+
+def continue_from(
+    scholar: dgr.Scholar, checkpoint: dict[str, Any], tasks: Sequence[Task], options: TrainingOptions
+) -> Before:
+    """What a run of these tasks needs of a kept scholar; UserError if it can't continue from it."""
+    mode, learned = dgr.REPLAY_MODES[options.replay_mode], checkpoint.get("learned")
+    if learned is None:
+        raise UserError("--continue-from: this scholar does not say what it has learned: train it again")
+    given = len(learned) if learned == [mark(task) for task in tasks[: len(learned)]] else 0
+    if given == len(tasks):
+        raise UserError("--continue-from: this scholar has learned all of these tasks: name further ones after them")
+    if mode is not None and not (mode.needs_generator or given):
+        raise UserError(
+            f"--continue-from: {options.replay_mode} needs the old tasks too: name them before the new ones"
+        )
+    if mode is not None and mode.needs_generator and not checkpoint["generator_trained"]:
+        raise UserError("--continue-from: this scholar's generator was never trained: use another, or --sample-log")
+    print(f"the scholar has learned {len(learned)} tasks; the next one is {tasks[given].name}")
+    return Before(scholar, [] if given else learned, given)
 
 
 def at_interval(iteration: int, interval: int | None, last: int) -> bool:

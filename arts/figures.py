@@ -382,8 +382,10 @@ def draw_all(runs: list[Run]) -> None:
 
 def run(arguments: list[str] | None = None) -> None:
     parser = utils.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--keep", nargs="+", type=Path, metavar="RUN", default=[], help="finished runs to keep first")
-    parser.add_argument("--keep-ablations", type=Path, metavar="DIR", help="results of benchmarks/ablations.py to keep")
+    parser.add_argument(
+        "--keep", nargs="+", type=utils.to_path, metavar="RUN", default=[], help="finished runs to keep"
+    )
+    parser.add_argument("--keep-ablations", type=utils.to_path, metavar="DIR", help="results of ablations.py to keep")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as directory:
         samples = Path(directory)

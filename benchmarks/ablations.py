@@ -262,7 +262,7 @@ def run() -> None:
         "variations", nargs="*", metavar="VARIATION", help=f"which (default: all): {'; '.join(VARIATIONS)}"
     )
     parser.add_argument("--seeds", nargs="+", type=utils.number(0, kind=int), default=[0, 1, 2], metavar="N")
-    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="(default: %(default)s)")
+    parser.add_argument("--results", type=utils.to_path, default=Path("results"), help="(default: %(default)s)")
     here, flags = parser.parse_known_args()
     if unknown := [name for name in here.variations if name not in VARIATIONS]:
         parser.error(f"no such variation: {unknown[0]!r}; there are: {'; '.join(VARIATIONS)}")

@@ -161,8 +161,9 @@ def test_interrupted_runs_continue(tmp_path, small_mnist):
         wait_for(process, *(utils.previous(state) for state in states[:2]))
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=120)
-    assert process.returncode == 1 and "run the same command again" in err and "Traceback" not in out + err
-    assert out.count("with --resume to continue") == 2
+    assert process.returncode == 128 + signal.SIGTERM and "run the same command again" in err
+    assert out.count(": stopped: ") == out.count("with --resume to continue") == 2
+    assert "failed" not in out and "Traceback" not in out + err
     assert [state.exists() for state in states] == [True, True, False]  # the third never starts
     process = run("run_full_experiments", *flags, "--seeds=0-1", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
@@ -177,10 +178,16 @@ def test_dry_run_is_the_list_of_commands(tmp_path):
     assert process.returncode == 0 and len(lines) == 45 and not list(tmp_path.iterdir())
     names = set()
     for line in lines:
-        for command in line.split(" && "):
-            script, *arguments = shlex.split(command)
+        here, *commands = line.split(" && ")
+        assert shlex.split(here) == ["cd", str(tmp_path)]
+        for command in commands:
+            python, script, *arguments = shlex.split(command)
             options = main.parse(arguments)
-            assert script == "./main.py" and options.lr == 1e-3 and options.cuda_graphs
+            assert (
+                [python, script] == [sys.executable, str(ROOT / "main.py")]
+                and options.lr == 1e-3
+                and options.cuda_graphs
+            )
             assert options.result_dir.name == f"seed-{options.seed}" and (options.test or options.resume)
         names.add((options.name, options.seed))
     assert len(names) == 45

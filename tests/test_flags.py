@@ -245,6 +245,7 @@ def test_flags_of_a_run_are_what_differs_from_its_recipe(random, recipe, names):
     mode = dgr.REPLAY_MODES[options.replay_mode]
     idle = {"importance_of_new_task"} if mode is None or options.chain else set()
     idle |= {"sample_log"} if mode is not None and mode.needs_generator else set()
+    idle |= set(options.unused)
     base = ["--train", f"--recipe={recipe}", *(f"{utils.flag(key)}={getattr(options, key)}" for key in APART)]
 
     def learning(flags: list[str]) -> dict[str, object]:

@@ -395,13 +395,15 @@ def hangup():
     signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
 def test_signal_saves_and_says_how_to_continue(tmp_path, small_mnist, hangup, number):
+    """What people and schedulers send."""
     hangup(signal.SIG_DFL)
+    number = signal.Signals[number]
     with long_run(tmp_path, small_mnist) as process:
         process.send_signal(number)
         _, error = process.communicate(timeout=30)
-    assert process.returncode == 1
+    assert process.returncode == 128 + number
     iteration = utils.load_checkpoint(state_of(tmp_path))["training"]["done"]["generator"]
     assert f"stopped at task 1, generator iteration {iteration};" in error.splitlines()[-1] and iteration > 0
     assert "run the same command with --resume to continue" in error.splitlines()[-1]
@@ -424,7 +426,7 @@ def test_a_signal_that_comes_twice_saves_too(tmp_path, small_mnist):
         time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         _, error = process.communicate(timeout=30)
-    assert process.returncode == 1 and "--resume to continue" in error
+    assert process.returncode == 128 + signal.SIGTERM and "--resume to continue" in error
 
 
 def test_second_signal_leaves_at_once(tmp_path, small_mnist):

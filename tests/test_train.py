@@ -9,7 +9,7 @@ from conftest import SMALL, assert_same_state, small_scholar, state
 
 import data
 import dgr
-import main
+import models
 import train
 import utils
 
@@ -109,11 +109,11 @@ def test_sample_grids_repeat_and_leave_the_random_stream_as_it_was():
             return super().sample(n, z) + torch.rand(n, 1, 1, 1)
 
     generator, before = Diffusion(small_scholar().generator.net, 5), torch.get_rng_state()
-    first = main.sample_grid(generator, 2, seed=3)
+    first = models.sample_grid(generator, 2, seed=3)
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(1)
-    assert torch.equal(main.sample_grid(generator, 2, seed=3), first)
-    assert not torch.equal(main.sample_grid(generator, 2, seed=4), first)
+    assert torch.equal(models.sample_grid(generator, 2, seed=3), first)
+    assert not torch.equal(models.sample_grid(generator, 2, seed=4), first)
 
 
 def test_matrix_has_a_row_for_each_task_over_the_tasks_so_far(small_mnist):
