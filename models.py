@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,9 @@ class ScholarOptions:
 
         adam.register_load_state_dict_post_hook(allow_capture)
         return adam
+
+
+NETWORKS = [f.name for f in fields(ScholarOptions) if f.metadata["changes"] == "networks"]
 
 
 def step(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -458,8 +461,8 @@ def load_scholar(
 ) -> tuple[dict[str, Any], dgr.Scholar]:
     """A checkpoint and its scholar, on the CPU. Raises UserError if the scholar does not fit the options."""
     checkpoint = utils.load_checkpoint(path)
-    networks = {f.name for f in fields(options) if f.metadata.get("changes") == "networks"} - set(unused(options))
-    if changes := utils.differences(checkpoint["options"], asdict(options), sorted(networks)):
+    networks = [key for key in NETWORKS if key not in unused(options)]
+    if changes := utils.differences(checkpoint["options"], vars(options), networks):
         raise UserError(f"{path} was trained with {changes}: use the flags it was trained with")
     shape = checkpoint["image_channels"], checkpoint["classes"]
     scholar = make_scholar(*shape, options, compute_dtype=compute_dtype)

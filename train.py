@@ -348,7 +348,7 @@ def continue_from(
         )
     if mode is not None and mode.needs_generator and not checkpoint["generator_trained"]:
         raise UserError("--continue-from: this scholar's generator was never trained: use another, or --sample-log")
-    print(f"the scholar has learned {len(learned)} tasks; the next one is {tasks[given].name}")
+    print(f"tasks that the scholar has learned: {len(learned)}; the next one is {tasks[given].name}")
     return Before(scholar, [] if given else learned, given)
 
 

@@ -30,6 +30,7 @@ ARTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(ARTS.parent))
 
 import main  # noqa: E402
+import models  # noqa: E402
 import utils  # noqa: E402
 import visual  # noqa: E402
 from utils import MODES, Run, Setting, UserError, flag  # noqa: E402
@@ -163,8 +164,8 @@ PUBLISHED = {
         "paper": {"none": "0.175", "noise-replay": "0.20", "exact-replay": "0.975", "generative-replay": "0.95"}
     },
 }
-NETWORKS = {flag(key) for key in main.NETWORKS}
-NARROW = [f"{flag(key)}={value}" for key, value in main.NARROW.items() if key in main.NETWORKS]
+NETWORKS = {flag(key) for key in models.NETWORKS}
+NARROW = [f"{flag(key)}={value}" for key, value in main.NARROW.items() if key in models.NETWORKS]
 KINDS = {
     "precision": "precision on each task",
     "average": "average precision on the tasks so far",

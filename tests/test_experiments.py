@@ -16,6 +16,7 @@ import types
 
 import pytest
 from conftest import ROOT, TINY, assert_one_line_error, call, run, start, write_small_mnist
+from test_data import write_task
 
 import data
 import main
@@ -193,6 +194,21 @@ def test_dry_run_is_the_list_of_commands(tmp_path):
     assert len(names) == 45
 
 
+def test_own_tasks_through_a_link_and_lines_that_work_from_anywhere(tmp_path, small_mnist):
+    write_task(tmp_path / "my task.npz")
+    (tmp_path / "link").symlink_to(ROOT / "run_full_experiments")
+    command = [sys.executable, "link", "--tasks", "my task.npz", "mnist", f"--data-dir={small_mnist}", *TINY]
+    lines = subprocess.check_output([*command, "--seeds=0-1", "--dry-run"], cwd=tmp_path, text=True).splitlines()
+    assert len(lines) == 6
+    subprocess.run(["bash", "-c", lines[0]], cwd="/", check=True, capture_output=True)
+    assert summary_of(tmp_path / "results/seed-0", "my_task+mnist-none-r1")["replay_mode"] == "none"
+    process = subprocess.run([*command, "--seeds=0"], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    for mode in ("none-r1", "exact-replay-r0.3", "generative-replay-r0.3"):
+        assert summary_of(tmp_path / "results/seed-0", f"my_task+mnist-{mode}")
+    assert (tmp_path / "results/my_task+mnist.md").exists()
+
+
 def test_a_reader_that_has_enough_is_no_error(tmp_path):
     command = f"{sys.executable} {ROOT}/run_full_experiments --seeds=0-59 --dry-run | head -1"
     process = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
@@ -247,6 +263,7 @@ def test_targets_are_no_flag_of_runs_without_replay(full):
         (["--quick", "permutated-mnist"], "before the flags"),
         (["--seeds=0-2", "--seed=1"], "--seed: each run sets its own"),
         (["--experiment=mnist-svhn"], "name experiments before the flags"),
+        (["split-mnist", "--tasks", "mnist"], "split-mnist has tasks of its own"),
         (["--jobs=0"], "--jobs"),
         *(([f"--seeds={seeds}"], "--seeds") for seeds in ["4-", "4-0", "0-999999999", "1-2-3", ""]),
     ],

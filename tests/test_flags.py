@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_one_line_error, run
+from conftest import ROOT, TINY, assert_one_line_error, call, run
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -73,7 +73,9 @@ import utils
         (["--train", "--replay-targets=soft", "--temperature=0"], ["--temperature", "at least 0.01"]),
         (["--train", "--experiment=mnist-chain", "--replay-mode=none"], ["--replay-mode", "replay alone"]),
         (["--train", "--mnist-split-number=11"], ["--mnist-split-number", "at least 1 and at most 10"]),
-        (["--train", "--generator=gpt"], ["--generator", "wgan"]),
+        (["--train", "--generator=gpt"], ["--generator", "wgan", "MODULE:CLASS"]),
+        (["--train", "--solver=nowhere:Net"], ["--solver", "'nowhere:Net' can't be imported", "No module named"]),
+        (["--train", "--solver=json:Net"], ["--solver", "module 'json' has no attribute 'Net'"]),
         (["--train", "--tasks", "absent.npz"], ["--tasks", "absent.npz"]),
         (["--train", "--tasks", "mnist", "imagenet"], ["--tasks", "imagenet", "fashion-mnist"]),
         (["--train", "--tasks", "mnist", "--experiment=split-mnist"], ["--experiment", "not allowed with"]),
@@ -140,6 +142,31 @@ def test_data_directory_from_the_environment(monkeypatch, tmp_path):
     assert "(default: /data/100%d)" in " ".join(main.make_parser().format_help().split())
     monkeypatch.setenv("DGR_DATA_DIR", "")
     assert str(parse().data_dir) == "datasets"
+
+
+def test_every_path_behind_an_equals_sign_may_begin_with_a_tilde(monkeypatch, tmp_path):
+    """No shell expands it there."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.npz").touch()
+    paths = [f.name for f in fields(main.Options) if isinstance(utils.default_of(f), Path)] + ["continue_from"]
+    assert len(paths) == 5
+    for name in paths:
+        assert getattr(parse(f"{utils.flag(name)}=~/x"), name) == tmp_path / "x"
+    assert parse("--tasks=~/x.npz").tasks == [str(tmp_path / "x.npz")]
+    monkeypatch.setenv("DGR_DATA_DIR", "~/x")
+    assert parse().data_dir == tmp_path / "x"
+    for script, flag in (("visual.py", "--figures"), ("arts/figures.py", "--keep")):
+        process = call(script, *(["x"] if script == "visual.py" else []), f"{flag}=~/gone", cwd=tmp_path)
+        assert process.returncode == 1 and not (tmp_path / "~").exists()
+
+
+def test_a_directory_that_is_a_link_to_nowhere_is_said_to_be_one(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("results").symlink_to("gone")
+    for flags in ("", "--result-dir=results/below"):
+        with pytest.raises(SystemExit):
+            parse(flags)
+        assert "--result-dir: results is a link to gone, which does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -388,8 +388,8 @@ def test_every_option_of_a_scholar_is_read_with_its_default_and_limits(field, ca
     parser, flag = main.make_parser(), utils.flag(field.name)
     assert parser.get_default(field.name) == getattr(models.ScholarOptions(), field.name)
     assert f"{flag} " in parser.format_help().replace("\n", " ")
-    assert (field.name in main.NETWORKS) == (field.metadata["changes"] == "networks")
-    assert (field.name in main.LEARNING) == (field.metadata["changes"] is not None)
+    assert (field.name in models.NETWORKS) == (field.metadata["changes"] == "networks")
+    assert (field.name in main.parse(["--train"]).deciding) == (field.metadata["changes"] is not None)
     for outside in [field.metadata["low"] - 1] if "low" in field.metadata else []:
         with pytest.raises(SystemExit):
             parser.parse_args(["--train", f"{flag}={outside}"])
@@ -403,9 +403,9 @@ def test_a_new_option_of_a_generator_takes_one_line(tmp_path):
     new = '    generator_new: float = option(1.5, "something new", "networks", low=1)\n'
     (tmp_path / "models.py").write_text(source.replace(first, new + first))
     program = """if True:
-        import main, utils
+        import main, models, utils
         default, options = (main.parse(["--train", *given]) for given in ([], ["--generator-new=2"]))
-        print(options.flags, default.flags, utils.differences(main.plain(default), main.plain(options), main.NETWORKS))
+        print(options.flags, default.flags, utils.differences(vars(default), vars(options), models.NETWORKS))
         main.make_parser().print_help()
         main.parse(["--train", "--generator-new=0.5"])
     """
