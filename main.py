@@ -215,7 +215,7 @@ def run_training(options: Options) -> None:
 
 
 def nothing_to_resume(options: Options) -> bool:
-    """True (with a message) if --resume was given but the run has finished. Raises UserError if its options differ."""
+    """True (with a message) if --resume finds a finished run; UserError if options differ or its scholar is gone."""
     paths = options.paths
     if not options.resume or not paths.has_results:
         return False
@@ -313,8 +313,7 @@ def train_scholar(options: Options, tasks: list[data.Task], library: data.Librar
         raise UserError(f"{paths.figure}: {utils.reason(error)}: {what}") from error
     for path in (paths.state, utils.previous(paths.state)):
         path.unlink(missing_ok=True)
-    title = f"{options.name}, seed {options.seed}"
-    utils.print_summary(title, [task.name for task in tasks], summary)
+    utils.print_summary(f"{options.name}, seed {options.seed}", config["tasks"], summary)
     print(f"files: {paths.results}, scholar: {paths.scholar}")
 
 

@@ -309,11 +309,8 @@ def write_json(path: Path, content: Any) -> None:
 
 def lost_link(path: Path) -> str | None:
     """What is wrong with a path that is a link to nowhere; None if it is not."""
-    return (
-        f"{path} is a link to {os.readlink(path)}, which does not exist"
-        if path.is_symlink() and not path.exists()
-        else None
-    )
+    lost = path.is_symlink() and not path.exists()
+    return f"{path} is a link to {os.readlink(path)}, which does not exist" if lost else None
 
 
 def not_writable(directory: Path) -> str | None:
