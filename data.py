@@ -35,7 +35,7 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import extract_archive
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
-from utils import UserError, option, reading, reason, warn
+from utils import UserError, option, reading, reason, to_path, warn
 
 
 @dataclass(frozen=True)
@@ -569,6 +569,20 @@ def task_source(text: str) -> str:
     return text
 
 
+# The options of built-in experiments that others do not use.
+OF_EXPERIMENTS = {"mnist_permutation_number": "permutated-", "mnist_permutation_seed": "permutated-"}
+OF_EXPERIMENTS |= {"mnist_split_number": "split-"}
+
+
+def unused(options: Any) -> dict[str, str]:
+    """The options without effect beside these tasks, and what takes it from them; a user's experiment may have any."""
+    if not options.tasks and options.experiment not in BUILT_IN:
+        return {}
+    cause = "--tasks" if options.tasks else f"--experiment={options.experiment}"
+    used = "" if options.tasks else options.experiment
+    return {key: cause for key, start in OF_EXPERIMENTS.items() if not used.startswith(start)}
+
+
 OWN_TASKS = (
     "your own tasks instead: for each a .npz file, a directory of images or of parquet files, or a data set "
     f"({', '.join(DATA_SETS)}); more than one --tasks add up"
@@ -576,7 +590,7 @@ OWN_TASKS = (
 
 
 def data_dir() -> Path:
-    return Path(os.environ.get("DGR_DATA_DIR") or "./datasets")
+    return to_path(os.environ.get("DGR_DATA_DIR") or "./datasets")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -657,6 +671,7 @@ EXPERIMENTS = {
     "svhn-mnist": Experiment(svhn_mnist),
     "mnist-svhn": Experiment(mnist_svhn),
 }
+BUILT_IN = tuple(EXPERIMENTS)
 
 
 def make_tasks(library: Library, options: ExperimentOptions) -> list[Task]:
@@ -682,14 +697,23 @@ def own_tasks(library: Library, names: Sequence[str]) -> list[Task]:
     return tasks
 
 
-def same_channels(tasks: list[Task]) -> list[Task]:
-    """Repeat grey in three channels if any task has colour: a view that takes no memory."""
-    channels = max(split.images.shape[1] for task in tasks for split in (task.train, task.test))
+def same_channels(tasks: list[Task], channels: int | None = None) -> list[Task]:
+    """Repeat grey in three channels if any task has colour, or in as many as a scholar has: it takes no memory."""
+    widest = max(split.images.shape[1] for task in tasks for split in (task.train, task.test))
+    if widest > (channels := channels or widest):
+        raise UserError("the scholar has learned grey images, and these have colour: use grey ones, or train another")
 
     def widen(split: Split) -> Split:
         return replace(split, images=split.images.expand(-1, channels, -1, -1))
 
     return [Task(task.name, widen(task.train), widen(task.test)) for task in tasks]
+
+
+def mark(task: Task) -> str:
+    """What tells a task from others, in short: the checksum of a hundred of its training images and labels."""
+    images, labels = task.train.subset(100).batch(slice(None))
+    values = torch.cat([(images * 255).round().flatten(1), labels[:, None]], dim=1)
+    return hashlib.md5(values.cpu().numpy().tobytes()).hexdigest()
 
 
 def number_of_classes(tasks: Sequence[Task]) -> int:

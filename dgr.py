@@ -94,7 +94,7 @@ class Generator(nn.Module):
     def sample(self, n: int, z: Tensor | None = None) -> Tensor:
         """x' ~ G: (n, channels, 32, 32) in [0, 1], from fresh noise or from z (n, z_size), the classes then in turn."""
         if z is not None and self.classes and z.shape[1] == self.z_size:
-            seen = self.seen.nonzero().flatten()
+            seen = self.seen.nonzero().flatten() if self.seen.any() else torch.arange(self.classes, device=z.device)
             z = self.with_classes(z, seen[torch.arange(n, device=z.device) % len(seen)])
         with evaluating(self.net):
             return self.net(self.noise(n) if z is None else z)

@@ -11,17 +11,13 @@ Here are the recipes, and the parts are put together. Each option is declared wh
 import argparse
 import itertools
 import os
-import platform
 import re
 import sys
-import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torchvision
 
 import data
 import dgr
@@ -57,6 +53,9 @@ IN_NAMES = {"heads": "task-heads", "generator_conditional": "conditional"}  # of
 class Actions:
     train: bool = option(False, "train a scholar on tasks", None, exclusive="required", group="action (required)")
     test: bool = option(False, "draw samples from a trained scholar (same flags)", None, exclusive="required")
+    on: str | None = option(
+        None, "with --test: measure it on these images", None, parse=data.task_source, metavar="TASK"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +73,11 @@ class Options(
         parts = [self.experiment, self.replay_mode, f"r{r if isinstance(r, str) else format(r, 'g')}"]
         parts += [self.recipe] if self.recipe != Options.recipe else []
         changed = self.changed()
-        parts += [changed[key] for key in ("replay_targets", "generator", "solver", "penalty") if key in changed]
+        keys = ("replay_targets", "generator", "solver", "penalty")
+        parts += [changed[key].replace(":", ".") for key in keys if key in changed]
         parts += [words for key, words in IN_NAMES.items() if key in changed]
-        return "-".join(parts + ([f"{self.image_size}px"] if "image_size" in changed else []))
+        parts += [f"{self.image_size}px"] if "image_size" in changed else []
+        return "-".join(parts + (["continued"] if self.continue_from else []))
 
     @property
     def paths(self) -> RunPaths:
@@ -85,29 +86,35 @@ class Options(
     @property
     def flags(self) -> list[str]:
         """The flags, besides experiment, replay mode, recipe and seed, that decide what is learned."""
-        return [flag(key) + (f"={value}" if value is not True else "") for key, value in self.changed().items()]
+        flags = [flag(key) + (f"={value}" if value is not True else "") for key, value in self.changed().items()]
+        return flags + ([f"--continue-from={self.continue_from.name}"] if self.continue_from else [])
+
+    @property
+    def deciding(self) -> list[str]:
+        """The options that decide what is learned, with these networks, tasks and replay mode."""
+        mode, idle = dgr.REPLAY_MODES[self.replay_mode], set(self.unused)
+        idle |= {"importance_of_new_task"} if mode is None or mode is dgr.Joint or self.chain else set()
+        idle |= {"sample_log"} if mode is not None and mode.needs_generator else set()
+        return [f.name for f in fields(self) if f.metadata.get("changes") and f.name not in idle]
+
+    @property
+    def unused(self) -> dict[str, str]:
+        """The options without effect beside these networks and tasks, and what takes it from them."""
+        penalty = {"penalty_weight": "--penalty=none"} if self.penalty == "none" else {}
+        return models.unused(self) | data.unused(self) | penalty
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return {f.name: utils.default_of(f) for f in fields(self)} | recipe_defaults(self.recipe, self.experiment)
 
     def changed(self) -> dict[str, Any]:
         """The options, among those that decide what is learned, that differ from the recipe."""
         recipe, mode = recipe_defaults(self.recipe, self.experiment), dgr.REPLAY_MODES[self.replay_mode]
-        default = {f.name: utils.default_of(f) for f in fields(self)} | recipe
+        default = self.defaults
         default["replay_targets"], _ = targets_and_temperature(mode, None, None, recipe)
         _, default["temperature"] = targets_and_temperature(mode, self.replay_targets, None, recipe)
-        apart = {"experiment", "replay_mode", "seed", "importance_of_new_task" if self.chain else ""}
-        if self.penalty == "none":
-            apart.add("penalty_weight")
-        if mode is None:
-            apart |= {"replay_targets", "temperature", "importance_of_new_task"}
-        elif mode is dgr.Joint:
-            apart.add("importance_of_new_task")
-        elif mode.needs_generator:
-            apart.add("sample_log")
-        keys = [f.name for f in fields(self) if f.metadata.get("changes") and f.name not in apart]
+        keys = [key for key in self.deciding if key not in ("experiment", "tasks", "replay_mode", "seed")]
         return {key: getattr(self, key) for key in keys if getattr(self, key) != default[key]}
-
-
-LEARNING = [f.name for f in fields(Options) if f.metadata.get("changes")] + ["recipe"]
-NETWORKS = [f.name for f in fields(Options) if f.metadata.get("changes") == "networks"]
 
 
 def recipe_defaults(recipe: str, experiment: str) -> dict[str, Any]:
@@ -150,7 +157,7 @@ def parse(arguments: list[str]) -> Options:
     options = parser.parse_args(arguments)
     options.chain = not options.tasks and data.EXPERIMENTS[options.experiment].chain
     check_replay(parser, options, recipe)
-    check_networks(parser, options)
+    models.check_networks(parser, options)
     if options.tasks:
         stems = "+".join(Path(task).stem.lstrip(".") or "task" for task in options.tasks)
         name = re.sub(r"[^\w.+\-\xa1-\ud7ff\ue000-\U0010ffff]", "_", stems).encode()[:100].decode(errors="ignore")
@@ -162,7 +169,17 @@ def parse(arguments: list[str]) -> Options:
     for directory, other in itertools.combinations(written, 2):
         if os.path.realpath(getattr(options, directory)) == os.path.realpath(getattr(options, other)):
             parser.error(f"argument {flag(other)}: a run has files of the same name in {flag(directory)}: use another")
-    return Options(**vars(options))
+    options = Options(**vars(options))
+    if options.on and not options.test:
+        parser.error("argument --on: it needs --test")
+    alone = {"heads": "task", "generator_conditional": True, "penalty": "ewc", "replay_mode": "joint", "chain": True}
+    if options.continue_from and (other := [key for key, value in alone.items() if getattr(options, key) == value]):
+        with_what = f"--experiment={options.experiment}" if options.chain else flag(other[0])
+        parser.error(f"argument --continue-from: it does not go with {with_what}")
+    kept = options.train and options.continue_from and options.continue_from.resolve()
+    if kept and kept.name == options.name and options.checkpoint_dir.resolve() in kept.parents:
+        parser.error(f"argument --continue-from: {kept} would be this run's own scholar: give it another name first")
+    return options
 
 
 def check_replay(parser: utils.Parser, options: argparse.Namespace, recipe: dict[str, Any]) -> None:
@@ -187,19 +204,6 @@ def check_replay(parser: utils.Parser, options: argparse.Namespace, recipe: dict
     options.replay_targets, options.temperature = targets_and_temperature(mode, targets, given, recipe)
     if given is not None and options.replay_targets != "soft":
         parser.error("argument --temperature: it needs --replay-targets=soft")
-
-
-def check_networks(parser: utils.Parser, options: argparse.Namespace) -> None:
-    """Refuse convolutions that can't be made or can't learn."""
-    size, depth, reducing = options.solver_channel_size, options.solver_depth, options.solver_reducing_layers
-    if options.solver != "cnn":
-        return
-    if size % (multiple := 2 ** (depth - 2)):
-        parser.error(f"argument --solver-channel-size: {size} is not a multiple of {multiple} (--solver-depth {depth})")
-    if reducing > depth - 1:
-        parser.error(f"argument --solver-reducing-layers: --solver-depth {depth} has only {depth - 1} convolutions")
-    if options.batch_size == 1 and options.image_size <= 2**reducing:
-        parser.error("argument --batch-size: use at least 2: batch normalisation can't normalise a single value")
 
 
 def check_machine(options: Options) -> None:
@@ -229,12 +233,18 @@ def run_training(options: Options) -> None:
 
 
 def nothing_to_resume(options: Options) -> bool:
-    """True (with a message) if --resume was given but the run has finished. Raises UserError if its options differ."""
-    if not options.resume or not options.paths.finished:
+    """True (with a message) if --resume finds a finished run; UserError if options differ or its scholar is gone."""
+    paths = options.paths
+    if not options.resume or not paths.has_results:
         return False
     if changes := changes_since(options):
-        raise UserError(f"{options.paths.results} holds a run with {changes}: without --resume, it is kept elsewhere")
-    print(f"{options.paths.results} is finished: nothing to resume")
+        raise UserError(f"{paths.results} holds a run with {changes}: without --resume, it is kept elsewhere")
+    run = Run.read(paths.results)
+    for scholar in [paths.scholar, *([paths.scholar_after(len(run.tasks))] if options.keep_scholars else [])]:
+        paths.need(scholar)
+    if not paths.figure.exists():
+        visual.save_figure([run], paths.figure)
+    print(f"{paths.results} is finished: nothing to resume")
     return True
 
 
@@ -243,30 +253,46 @@ def changes_since(options: Options) -> str:
     config = options.paths.stored_config()
     if config and utils.data_of(config)[0] != [data.fingerprint(task) for task in options.tasks or ()]:
         return "other data in --tasks"
-    return utils.differences(plain(Options()) | config["options"], plain(options), LEARNING) if config else ""
-
-
-def plain(options: Options) -> dict[str, Any]:
-    """The options as JSON can hold them."""
-    return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items()}
+    stored = utils.plain(Options()) | config["options"] if config else {}
+    return utils.differences(stored, utils.plain(options), [*options.deciding, "recipe"]) if config else ""
 
 
 def train_scholar(options: Options, tasks: list[data.Task], library: data.Library) -> None:
     paths, device = options.paths, library.device
-    channels, classes = tasks[0].train.images.shape[1], data.number_of_classes(tasks)
-    shape = {"image_channels": channels, "classes": classes, "tasks": len(tasks)}
     dtype = models.choose_dtype(options.dtype, device, cuda_graphs=options.cuda_graphs)
-    config = describe_run(options, tasks, library, dtype)
-    print(f"{options.name} runs on {config['device']}, in {config['dtype']}")
-    start = read_state(paths, config) if options.resume else None
+    for key, cause in options.unused.items():
+        if getattr(options, key) != options.defaults[key]:
+            utils.warn(f"{flag(key)} has no effect with {cause}")
+    kept, before, classes = {}, None, data.number_of_classes(tasks)
+    if options.continue_from:
+        kept, scholar = models.load_scholar(options.continue_from, options, dtype)
+        tasks, classes = data.same_channels(tasks, kept["image_channels"]), max(classes, kept["classes"])
+        scholar.solver.net = models.AmongMore(scholar.solver.net, classes)
+        before = train.continue_from(scholar.to(device), kept, tasks, options)
+    shape = {"image_channels": tasks[0].train.images.shape[1], "classes": classes, "tasks": len(tasks)}
+    where = models.device_name(device), models.dtype_name(dtype, device)
+    print(f"{options.name} runs on {where[0]}, in {where[1]}")
+    config = utils.describe_run(options, [task.name for task in tasks], *where)
+    config["data"] = {"checksums": library.checksums, "unverified": library.unverified}
+    config["data"] |= {"scholar": data.checksum(options.continue_from)} if kept else {}
+    start = read_state(paths, config, options.deciding) if options.resume else None
     if start is None:
         paths.rename_earlier()
     files = utils.RunFiles(paths.results, config, start and start["files"])
     observers = [files, *make_observers(options, len(tasks))]
 
+    def new_scholar() -> dgr.Scholar:
+        scholar = models.make_scholar(**shape, options=options, compute_dtype=dtype).to(device)
+        if kept:
+            models.inherit(scholar, kept["scholar"])
+        return scholar
+
     def save_scholar(scholar: dgr.Scholar) -> None:
         about = {"generator_trained": options.trains_generator, "options": config["options"], **shape}
+        about["learned"] = [*(before.earlier if before else []), *map(data.mark, tasks[: training.task])]
         utils.save_checkpoint(paths.scholar, scholar=scholar.state_dict(), **about)
+        if options.keep_scholars:
+            utils.save_checkpoint(paths.scholar_after(training.task), scholar=scholar.state_dict(), **about)
 
     def save_state() -> None:
         content = {"training": training.state_dict(), "files": files.state_dict()}
@@ -276,15 +302,16 @@ def train_scholar(options: Options, tasks: list[data.Task], library: data.Librar
         with utils.stop_requests() as stop_requested:
             torch.manual_seed(options.seed)
             training = train.Training(
-                lambda: models.make_scholar(**shape, options=options, compute_dtype=dtype).to(device),
+                new_scholar,
                 tasks,
                 options,
                 images_at_once=models.images_at_once(device),
                 observers=observers,
-                sample=lambda scholar: sample_grid(scholar.generator, options.sample_size, options.seed),
+                sample=lambda scholar: models.sample_grid(scholar.generator, options.sample_size, options.seed),
                 save_scholar=save_scholar,
                 save_state=save_state,
                 stop_requested=stop_requested,
+                before=before,
             )
             if start is not None:
                 wrong = "does not fit the networks, which have changed since: undo that, or leave out --resume"
@@ -299,10 +326,15 @@ def train_scholar(options: Options, tasks: list[data.Task], library: data.Librar
     finally:
         for observer in observers:
             observer.close()
-    visual.save_figure([Run.read(paths.results)], paths.results / "precision.png")
+    try:
+        visual.save_figure([Run.read(paths.results)], paths.figure)
+    except OSError as error:
+        what = "results and scholar are whole; make room, and --resume draws it"
+        raise UserError(f"{paths.figure}: {utils.reason(error)}: {what}") from error
     for path in (paths.state, utils.previous(paths.state)):
         path.unlink(missing_ok=True)
-    print_summary(options, tasks, summary)
+    utils.print_summary(f"{options.name}, seed {options.seed}", config["tasks"], summary)
+    print(f"files: {paths.results}, scholar: {paths.scholar}")
 
 
 def make_observers(options: Options, tasks: int) -> list[utils.Observer]:
@@ -322,7 +354,7 @@ def make_observers(options: Options, tasks: int) -> list[utils.Observer]:
     return observers
 
 
-def read_state(paths: RunPaths, config: dict[str, Any]) -> dict[str, Any] | None:
+def read_state(paths: RunPaths, config: dict[str, Any], deciding: list[str]) -> dict[str, Any] | None:
     """The last good state of an unfinished run, or None; raises UserError if its options or data differ.
 
     Results in its directory that belong to another run are renamed.
@@ -331,10 +363,13 @@ def read_state(paths: RunPaths, config: dict[str, Any]) -> dict[str, Any] | None
         return None
     file, state = paths.last_state()
     begun = state["files"]["config"]
-    if changes := utils.differences(plain(Options()) | begun["options"], config["options"], LEARNING):
+    stored = utils.plain(Options()) | begun["options"]
+    if changes := utils.differences(stored, config["options"], [*deciding, "recipe"]):
         raise UserError(f"{file} belongs to a run with {changes}: use the same flags, or leave out --resume")
     if utils.data_of(begun) != utils.data_of(config):
         raise UserError(f"{file} belongs to a run on other data files: use the same ones, or leave out --resume")
+    if begun["data"].get("scholar") != config["data"].get("scholar"):
+        raise UserError(f"{file} continues from another scholar: use the same one, or leave out --resume")
     if file != paths.state:  # or the next save would make the damaged state the previous one
         paths.state.unlink(missing_ok=True)
     begun["options"]["sample_dir"] = config["options"]["sample_dir"]  # where pictures go from now on
@@ -347,61 +382,28 @@ def read_state(paths: RunPaths, config: dict[str, Any]) -> dict[str, Any] | None
     return state
 
 
-def sample_grid(generator: dgr.Generator, n: int, seed: int) -> torch.Tensor:
-    """Images (n, channels, 32, 32) from the same noise every time, on every machine and device.
-
-    They have a random stream of their own, so looking does not change what is learned.
-    """
-    device = next(generator.parameters()).device
-    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-        torch.manual_seed(seed)  # of all devices, for generators that draw more than z
-        return generator.sample(n, torch.randn(n, generator.z_size).to(device))
-
-
-def describe_run(options: Options, tasks: list[data.Task], library: data.Library, dtype: Any) -> dict[str, Any]:
-    """What it takes to repeat a run: the content of its config.json."""
-    versions = {module.__name__: str(module.__version__) for module in (torch, torchvision, np)}
-    return {
-        "name": options.name,
-        "command": sys.argv,
-        **{key: getattr(options, key) for key in ("experiment", "replay_mode", "recipe", "flags", "seed")},
-        "options": plain(options) | {"sample_dir": str(options.sample_dir.resolve())},
-        "tasks": [task.name for task in tasks],
-        "data": {"checksums": library.checksums, "unverified": library.unverified},
-        "device": models.device_name(library.device),
-        "dtype": models.dtype_name(dtype, library.device),
-        "versions": {"python": platform.python_version(), "cudnn": str(torch.backends.cudnn.version())} | versions,
-        "commit": utils.commit(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
-def print_summary(options: Options, tasks: list[data.Task], summary: dict[str, Any]) -> None:
-    print(f"\n{options.name}, seed {options.seed}: precision on each task's whole test set after the last task")
-    for number, task in enumerate(tasks):
-        # The last measurement: a chain measures each scholar once.
-        value = next(row[number] for row in reversed(summary["precision"]) if row[number] is not None)
-        print(f"  task {number + 1}, {task.name}: {value:.4f}")
-    print("average precision {average_precision:.4f}, forgetting {forgetting:.4f}, {seconds:.0f} s".format(**summary))
-    print(f"files: {options.paths.results}, scholar: {options.paths.scholar}")
-
-
 def run_test(options: Options) -> None:
-    """--test: draw samples."""
+    """--test: draw samples, or with --on measure the scholar on other images and write its answers."""
     path = options.paths.scholar
-    checkpoint = utils.load_checkpoint(path)
-    if changes := utils.differences(plain(Options()) | checkpoint["options"], plain(options), NETWORKS):
-        raise UserError(f"{path} was trained with {changes}: use the flags it was trained with")
-    if not checkpoint["generator_trained"]:
-        raise UserError(f"{path}: the generator was never trained: {options.replay_mode} needs --sample-log for that")
+    options.paths.need(path)
     device = models.choose_device(gpus=not options.no_gpus)
     dtype = models.choose_dtype(options.dtype, device, cuda_graphs=options.cuda_graphs)
-    shape = {key: checkpoint[key] for key in ("image_channels", "classes", "tasks")}
-    scholar = models.make_scholar(**shape, options=options, compute_dtype=dtype)
-    with utils.reading(path, f"{path} does not fit the flags"):
-        scholar.load_state_dict(checkpoint["scholar"])
+    checkpoint, scholar = models.load_scholar(path, options, dtype)
     scholar.to(device)
-    visual.save_samples(sample_grid(scholar.generator, options.sample_size, options.seed), options.paths.drawn)
+    if options.on:
+        library = data.Library(options.data_dir, device, options.unverified_data, image_size=options.image_size)
+        (task,) = data.same_channels(data.own_tasks(library, [options.on]), checkpoint["image_channels"])
+        test, file = task.test, options.paths.answers(Path(options.on).stem)
+        answers = train.answers(scholar.solver, test, models.images_at_once(device))
+        right = (answers == test.labels).double().mean().item()
+        columns = {"image": range(len(test)), "label": test.labels.tolist(), "answer": answers.tolist()}
+        utils.write_csv(file, columns)
+        print(f"precision on {task.name}: {right:.4f} of {len(test)} test images\nanswers: {file}")
+        return
+    if not checkpoint["generator_trained"]:
+        raise UserError(f"{path}: the generator was never trained: {options.replay_mode} needs --sample-log for that")
+    images = models.sample_grid(scholar.generator, options.sample_size, options.seed)
+    visual.save_samples(images, options.paths.drawn)
     print(f"samples: {options.paths.drawn}")
 
 

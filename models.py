@@ -4,15 +4,19 @@
 write a class like these and add a line to `GENERATORS` or `SOLVERS`; its options are fields of the dataclasses below.
 """
 
+import argparse
 import copy
 import gc
+import importlib
 import math
 import os
 import re
 import subprocess
+import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +26,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import dgr
 import gan
+import utils
 from utils import UserError, option, reason
 
 HEADS = ("one", "task")
@@ -33,12 +38,33 @@ DTYPES = (
 SIZES = "height and width of images in all networks, a multiple of 16 from 16 to 128"
 
 
+def class_of(known: Callable[[], dict[str, Any]]) -> Callable[[str], str]:
+    """A function that reads one of these names, or MODULE:CLASS of a module that Python finds from here."""
+
+    def parse(text: str) -> str:
+        module, _, name = text.partition(":")
+        if text not in known() and not name:
+            raise argparse.ArgumentTypeError(f"{text!r} is neither one of {', '.join(known())} nor MODULE:CLASS")
+        if text not in known():
+            sys.path += [] if os.getcwd() in sys.path else [os.getcwd()]
+            try:
+                known()[text] = getattr(importlib.import_module(module), name)
+            except (Exception, SystemExit) as error:  # whatever a module does while it is imported
+                raise argparse.ArgumentTypeError(f"{text!r} can't be imported: {reason(error)[:200]}") from error
+        return text
+
+    return parse
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScholarOptions:
     """What a scholar is made of."""
 
     image_size: int = option(32, SIZES, "networks", choices=range(16, 129, 16), parse=int, metavar="N", group="images")
-    generator: str = option("wgan", "WGAN-GP or VAE", "networks", choices=lambda: GENERATORS, group="generator")
+    generator: str = option(
+        "wgan", "WGAN-GP, VAE, or your own MODULE:CLASS", "networks", choices=lambda: GENERATORS, group="generator",
+        parse=class_of(lambda: GENERATORS), metavar="{wgan,vae,MODULE:CLASS}",
+    )  # fmt: skip
     generator_lambda: float = option(10.0, "weight of the gradient penalty (wgan)", low=0)
     generator_z_size: int = option(100, "size of the noise", "networks", low=1)
     generator_c_channel_size: int = option(64, "channels of the critic's first layer (wgan)", "networks", low=1)
@@ -50,7 +76,10 @@ class ScholarOptions:
     )
     generator_c_updates_per_g_update: int = option(5, "critic updates per generator update (wgan)", low=1)
     generator_conditional: bool = option(False, "tell the generator the class of each image", "networks")
-    solver: str = option("cnn", "convolutional or linear layers", "networks", choices=lambda: SOLVERS, group="solver")
+    solver: str = option(
+        "cnn", "convolutional or linear layers, or MODULE:CLASS", "networks", choices=lambda: SOLVERS, group="solver",
+        parse=class_of(lambda: SOLVERS), metavar="{cnn,mlp,MODULE:CLASS}",
+    )  # fmt: skip
     solver_depth: int = option(5, "number of convolutions and the linear layer (cnn)", "networks", low=2, high=32)
     solver_reducing_layers: int = option(
         3, "number of stride-2 convolutions, counted from the last one (cnn)", "networks", low=0, high=5
@@ -75,7 +104,8 @@ class ScholarOptions:
     cuda_graphs: bool = option(False, "launch each update as one CUDA graph", None)
     deterministic: bool = option(False, "on a GPU, use only algorithms that repeat bit for bit", None)
     no_gpus: bool = option(False, "use the CPU even if there is a GPU", None)
-    number_of_heads: int = 0  # of --heads=task: the number of tasks
+    number_of_heads: int = 0  # with --heads=task, the number of tasks
+    generator_classes: int = 0  # with --generator-conditional, the number of classes
 
     def optimiser(self, *networks: nn.Module) -> torch.optim.Adam:
         """Adam over all parameters of these networks."""
@@ -93,6 +123,9 @@ class ScholarOptions:
 
         adam.register_load_state_dict_post_hook(adapt)
         return adam
+
+
+NETWORKS = [f.name for f in fields(ScholarOptions) if f.metadata.get("changes") == "networks"]
 
 
 def step(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -299,10 +332,10 @@ class WGAN(dgr.Generator):
 
     captured = ("critic_step", "generator_step")  # methods that --cuda-graphs records
 
-    def __init__(self, image_channels: int, classes: int, options: ScholarOptions):
+    def __init__(self, image_channels: int, options: ScholarOptions):
         """A conditional critic has a score per class: D(x, y) is linear in features of x (Miyato and Koyama 2018)."""
         z_size, shape = options.generator_z_size, {"image_channels": image_channels, "image_size": options.image_size}
-        told = classes if options.generator_conditional else 0
+        told = options.generator_classes
         net = generator_network(z_size=z_size + told, channel_size=options.generator_g_channel_size, **shape)
         super().__init__(net, z_size, told)
         self.critic = critic_network(channel_size=options.generator_c_channel_size, scores=told or 1, **shape)
@@ -354,9 +387,9 @@ class VAE(dgr.Generator):
 
     captured = ("learn",)
 
-    def __init__(self, image_channels: int, classes: int, options: ScholarOptions):
+    def __init__(self, image_channels: int, options: ScholarOptions):
         shape, z_size = (image_channels, options.image_size, options.image_size), options.generator_z_size
-        pixels, told = math.prod(shape), classes if options.generator_conditional else 0
+        pixels, told = math.prod(shape), options.generator_classes
         width = 16 * options.generator_g_channel_size
         net = Network(*linear_layers(z_size + told, width, pixels), Sigmoid(), nn.Unflatten(1, shape))
         super().__init__(net, z_size, told)
@@ -387,7 +420,7 @@ class VAE(dgr.Generator):
 
 
 # To add a generator, write a class like these and add a line here: it becomes a choice of --generator.
-GENERATORS: dict[str, Callable[[int, int, ScholarOptions], dgr.Generator]] = {"wgan": WGAN, "vae": VAE}
+GENERATORS: dict[str, Callable[[int, ScholarOptions], dgr.Generator]] = {"wgan": WGAN, "vae": VAE}
 
 
 Loss = Callable[[dgr.Pairs, dgr.Pairs | None], Tensor]  # of current and replayed pairs
@@ -462,8 +495,9 @@ def make_scholar(
     compute_dtype: torch.dtype | None = None,
 ) -> dgr.Scholar:
     """A scholar that has learned nothing yet, on the CPU; tasks: for --heads=task; compute_dtype: see `Network`."""
-    options = replace(options, number_of_heads=tasks if options.heads == "task" else 0)
-    generator = GENERATORS[options.generator](image_channels, classes, options)
+    heads, told = tasks if options.heads == "task" else 0, classes if options.generator_conditional else 0
+    options = replace(options, number_of_heads=heads, generator_classes=told)
+    generator = GENERATORS[options.generator](image_channels, options)
     scholar = dgr.Scholar(generator, SOLVERS[options.solver](image_channels, classes, options))
     for module in scholar.modules():
         if isinstance(module, Network):
@@ -474,6 +508,82 @@ def make_scholar(
             for name in getattr(part, "captured", ()):
                 setattr(part, name, Captured(getattr(part, name)))
     return scholar
+
+
+NO_CRITIC = ("generator_lambda", "generator_c_channel_size", "generator_c_updates_per_g_update")
+
+
+def unused(options: ScholarOptions) -> dict[str, str]:
+    """The options without effect beside these networks, and what takes it from them."""
+    found = dict.fromkeys(NO_CRITIC, "--generator=vae") if options.generator == "vae" else {}
+    convolutions = dict.fromkeys(("solver_depth", "solver_reducing_layers"), "--solver=mlp")
+    return found | (convolutions if options.solver == "mlp" else {})
+
+
+def check_networks(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse convolutions that can't be made or can't learn."""
+    size, depth, reducing = options.solver_channel_size, options.solver_depth, options.solver_reducing_layers
+    if options.solver != "cnn":
+        return
+    if size % (multiple := 2 ** (depth - 2)):
+        parser.error(f"argument --solver-channel-size: {size} is not a multiple of {multiple} (--solver-depth {depth})")
+    if reducing > depth - 1:
+        parser.error(f"argument --solver-reducing-layers: --solver-depth {depth} has only {depth - 1} convolutions")
+    if options.batch_size == 1 and options.image_size <= 2**reducing:
+        parser.error("argument --batch-size: use at least 2: batch normalisation can't normalise a single value")
+
+
+def load_scholar(
+    path: Path, options: ScholarOptions, compute_dtype: torch.dtype | None
+) -> tuple[dict[str, Any], dgr.Scholar]:
+    """A checkpoint and its scholar, on the CPU. Raises UserError if the scholar does not fit the options."""
+    checkpoint = utils.load_checkpoint(path)
+    networks = [key for key in NETWORKS if key not in unused(options)]
+    trained = utils.plain(ScholarOptions()) | checkpoint["options"]
+    if changes := utils.differences(trained, vars(options), networks):
+        raise UserError(f"{path} was trained with {changes}: use the flags it was trained with")
+    shape = {key: checkpoint[key] for key in ("image_channels", "classes", "tasks")}
+    scholar = make_scholar(**shape, options=options, compute_dtype=compute_dtype)
+    with utils.reading(path, f"{path} does not fit the flags"):
+        scholar.load_state_dict(checkpoint["scholar"])
+    return checkpoint, scholar
+
+
+def inherit(scholar: dgr.Scholar, state: dict[str, Any]) -> None:
+    """Load the state of a scholar that may have fewer classes: a wider layer keeps its own weights for the rest."""
+    fresh = scholar.state_dict()
+
+    def widen(value: Any, wider: Any) -> Any:
+        fits = not isinstance(value, Tensor) or value.shape == wider.shape
+        return value if fits else torch.cat([value.to(wider.device), wider[len(value) :]])
+
+    scholar.load_state_dict({name: widen(value, fresh.get(name, value)) for name, value in state.items()})
+
+
+class AmongMore(nn.Module):
+    """A network that scores some classes, among more: the score of those that it does not know is minus infinity."""
+
+    def __init__(self, net: nn.Module, classes: int):
+        super().__init__()
+        self.net, self.classes = net, classes
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.net(x)
+        return F.pad(scores, (0, self.classes - scores.shape[1]), value=-torch.inf)
+
+    def frozen(self) -> "AmongMore":
+        return AmongMore(dgr.frozen(self.net), self.classes).eval()
+
+
+def sample_grid(generator: dgr.Generator, n: int, seed: int) -> Tensor:
+    """Images (n, channels, 32, 32) from the same noise every time, on every machine and device.
+
+    They have a random stream of their own, so looking does not change what is learned.
+    """
+    device = next(generator.parameters()).device
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        torch.manual_seed(seed)  # of all devices, for generators that draw more than z
+        return generator.sample(n, torch.randn(n, generator.z_size).to(device))
 
 
 def choose_device(*, gpus: bool = True) -> torch.device:

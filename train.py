@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import dgr
-from data import Split, Task
+from data import Split, Task, mark
 from utils import Observer, UserError, number, option, out_of_memory
 
 
@@ -29,6 +29,19 @@ TARGETS = (
     "(soft), a conditional generator's own class (own) (default: true for exact-replay and joint, soft for lwf, else "
     "hard; recipes other than 2017: soft for hard)"
 )
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a run continues from.
+
+    scholar: answers among all classes of the run. earlier: a mark (`data.mark`) for each task it has learned that is
+    not among the run's tasks. given: how many of them are, which the run's tasks then begin with.
+    """
+
+    scholar: dgr.Scholar
+    earlier: list[str]
+    given: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,27 +87,34 @@ class TrainingOptions:
         return self.sample_log or (mode is not None and mode.needs_generator)
 
 
-def precision(
+def answers(
     solver: dgr.Solver, split: Split, images_at_once: int, *, classes: Tensor | None = None, head: int = -1
-) -> float:
-    """Test accuracy: the share of a split's images that the solver answers correctly, in [0, 1].
+) -> Tensor:
+    """The classes (n,) int64 that the solver gives a split's images.
 
-    classes: the only possible answers (task-incremental precision), in order; None: all. head: the output layer that
-    answers, from 0, if there are several.
+    classes: the only possible answers, in order; None: all. head: the output layer that answers, from 0, if there are
+    several.
     """
-    right = 0
+    given = []
     for start in range(0, len(split), images_at_once):
-        x, y = split.batch(slice(start, start + images_at_once))
+        x, _ = split.batch(slice(start, start + images_at_once))
         if classes is None:
             answer = solver.answer(x)
-            answer = answer[:, head] if answer.dim() == 2 else answer
+            given.append(answer[:, head] if answer.dim() == 2 else answer)
         else:
             with dgr.evaluating(solver):
                 scores = solver(x)
             scores = scores[:, head] if scores.dim() == 3 else scores
-            answer = classes[scores[:, classes].argmax(dim=1)]
-        right = right + (answer == y).sum()
-    return int(right) / len(split)
+            given.append(classes[scores[:, classes].argmax(dim=1)])
+    return torch.cat(given)
+
+
+def precision(solver: dgr.Solver, split: Split, images_at_once: int, **which: Any) -> float:
+    """Test accuracy: the share of a split's images that the solver answers correctly, in [0, 1].
+
+    With `classes` (see `answers`) it is task-incremental precision.
+    """
+    return int((answers(solver, split, images_at_once, **which) == split.labels).sum()) / len(split)
 
 
 Matrix = list[list[float | None]]  # row i, column j: precision on task j after task i; None where it was not measured
@@ -108,7 +128,8 @@ def average_precision(matrix: Matrix) -> float:
 
 def incremental_average(matrix: Matrix) -> float:
     """The mean over tasks of the average precision after each (Rebuffi et al. 2017, arXiv 1611.07725)."""
-    return sum(average_precision([row]) for row in matrix) / len(matrix)
+    measured = [average_precision([row]) for row in matrix if any(value is not None for value in row)]
+    return sum(measured) / len(measured)
 
 
 def forgetting(matrix: Matrix) -> float:
@@ -121,19 +142,21 @@ def forgetting(matrix: Matrix) -> float:
     if matrix[-1][0] is None:
         return max(row[i] for i, row in enumerate(matrix[:-1])) - matrix[-1][-1]
     old = range(len(matrix) - 1)
-    return sum(max(row[task] for row in matrix[task:-1]) - matrix[-1][task] for task in old) / len(old)
+    # A run that continues from a kept scholar has not measured the ones before it.
+    earlier = [[row[task] for row in matrix[task:-1] if row[task] is not None] for task in old]
+    return sum(max(values) - matrix[-1][task] for task, values in enumerate(earlier)) / len(old)
 
 
 def backward_transfer(matrix: Matrix) -> float | None:
     """The mean over old tasks of the final precision minus the one just after learning the task.
 
     None for a single task, and for a chain, whose scholars each learn once (Lopez-Paz and Ranzato 2017, arXiv
-    1706.08840, equation 3).
+    1706.08840, equation 3). Tasks that a kept scholar had learned before count from where it was measured first.
     """
     if len(matrix) == 1 or matrix[-1][0] is None:
         return None
-    old = range(len(matrix) - 1)
-    return sum(matrix[-1][task] - matrix[task][task] for task in old) / len(old)
+    first = [next(row[task] for row in matrix[task:] if row[task] is not None) for task in range(len(matrix) - 1)]
+    return sum(matrix[-1][task] - value for task, value in enumerate(first)) / len(first)
 
 
 def forward_transfer(before: Sequence[float | None], untrained: Sequence[float | None]) -> float | None:
@@ -153,7 +176,9 @@ class Training:
     sample: draws images that show what the generator knows, without touching training's random stream.
     save_scholar: saves the scholar after a task.
     save_state: called after each phase and at the checkpoint interval, when `state_dict` is worth saving.
-    stop_requested: whether somebody wants training to stop; it then saves its state and raises `UserError`.
+    stop_requested: the number of the signal that wants training to stop, or 0; training then saves its state and raises
+        `UserError`.
+    before: what the new scholar, which starts from the same weights, continues from.
     """
 
     def __init__(
@@ -167,7 +192,8 @@ class Training:
         sample: Callable[[dgr.Scholar], Tensor],
         save_scholar: Callable[[dgr.Scholar], None],
         save_state: Callable[[], None] = lambda: None,
-        stop_requested: Callable[[], bool] = lambda: False,
+        stop_requested: Callable[[], int] = lambda: 0,
+        before: Before | None = None,
     ):
         self.new_scholar, self.tasks, self.options = new_scholar, tasks, options
         self.images_at_once = images_at_once
@@ -175,7 +201,8 @@ class Training:
         self.save_scholar, self._save_state, self.stop_requested = save_scholar, save_state, stop_requested
         self.scholar = new_scholar()
         self.replay: dgr.ReplayMode | None = None
-        self.task = 1
+        self.before = before
+        self.first = self.task = 1 + (before.given if before else 0)
         self.done = {"generator": 0, "solver": 0}  # iterations of this task
         self.matrix: Matrix = []
         self.task_incremental: Matrix = []  # the same, with each task's own classes as the only answers
@@ -197,7 +224,14 @@ class Training:
 
     def run(self) -> dict[str, Any]:
         """Learn the remaining tasks in order. Returns the `measures`."""
-        if self.task == 1 and not any(self.done.values()) and self._looks_ahead:
+        if self.options.trains_generator:
+            self._check_samples(self.sample(self.scholar))
+        if self.first > 1 and not self.matrix:  # what the scholar knows of the tasks before
+            self.matrix = [[None] * len(self.tasks) for _ in range(self.first - 2)]
+            self.task_incremental = copy.deepcopy(self.matrix)
+            self.ahead["before"] = [None] * (self.first - 1)
+            self._measure(self.first - 1)
+        if self.task == 1 and not any(self.done.values()) and self._looks_ahead and not self.before:
             tests = {number: task.test for number, task in enumerate(self.tasks, start=1)}
             self.ahead["untrained"] = list(self._precisions(tests).values())
         self._save_state()
@@ -215,14 +249,15 @@ class Training:
 
     def _learn_task(self) -> None:
         options = self.options
-        if self.task > 1 and self.replay is None:
+        if (self.task > 1 or self.before) and self.replay is None:
             self.replay = self._make_replay()
             if options.chain or (self.replay is not None and self.replay.from_scratch):
                 self.scholar = self.new_scholar()
         if options.chain and self.replay is not None:
             current, replay, r = self.replay, None, 1.0
         else:
-            r = dgr.importance_of_new_task(options.importance_of_new_task, self.task)
+            earlier = len(self.before.earlier) if self.before else 0
+            r = dgr.importance_of_new_task(options.importance_of_new_task, self.task + earlier)
             current, replay = self._data(self.task, heads=self.task), self.replay
         self.scholar.solver.begin_task(self.task, replays=replay is not None)
         settings: dict[str, Any] = {"r": r, "batch_size": options.batch_size}
@@ -238,23 +273,32 @@ class Training:
         settings |= {"temperature": options.temperature, "penalty": self.penalty if self.task > 1 else None}
         left = iterations - self.done["solver"]
         learning = dgr.learn_solver(self.scholar.solver, current, replay, iterations=left, **settings)
-        seen = [self.task] if options.chain else range(1, self.task + 1)
-        tests = {number: self.tasks[number - 1].test for number in seen}
-        subsets = {number: test.subset(options.test_size) for number, test in tests.items()}
+        subsets = {number: test.subset(options.test_size) for number, test in self._tests(self.task).items()}
         for iteration in self._watched("solver", learning, iterations):
             if at_interval(iteration, options.eval_log_interval, iterations):
                 self._report("solver", iteration, self._precisions(subsets))
 
-        row, task_known = self._precisions(tests), self._precisions(tests, task_known=True)
-        for matrix, values in ((self.matrix, row), (self.task_incremental, task_known)):
-            matrix.append([values.get(f"precision-{number}") for number in range(1, len(self.tasks) + 1)])
-        if self.task < len(self.tasks):
-            following = {self.task + 1: self.tasks[self.task].test} if self._looks_ahead else {}
-            self.ahead["before"] += list(self._precisions(following).values()) or [None]
-        self._report("test", iterations, row)
+        self._measure(self.task)
         if self.penalty is not None and self.task < len(self.tasks):
             self.penalty.remember(self.scholar.solver, current)
         self.save_scholar(self.scholar)
+
+    def _tests(self, task: int) -> dict[int, Split]:
+        """The test splits, by number, that the scholar of a task is measured on."""
+        seen = [task] if self.options.chain else range(1, task + 1)
+        return {number: self.tasks[number - 1].test for number in seen}
+
+    def _measure(self, task: int) -> None:
+        """Measure the scholar of a task on whole test sets: a row of each matrix, and the task that comes next."""
+        tests, numbers = self._tests(task), range(1, len(self.tasks) + 1)
+        row, task_known = self._precisions(tests), self._precisions(tests, task_known=True)
+        self.matrix.append([row.get(f"precision-{number}") for number in numbers])
+        self.task_incremental.append([task_known.get(f"precision-{number}") for number in numbers])
+        if task < len(self.tasks):
+            following = {task + 1: self.tasks[task].test} if self._looks_ahead else {}
+            self.ahead["before"] += list(self._precisions(following).values()) or [None]
+        for observer in self.observers:
+            observer.scalars("test", task, self.options.solver_iterations, row)
 
     def _make_replay(self) -> dgr.ReplayMode | None:
         """The replay mode with what the scholar knows now, and the data of the tasks before this one."""
@@ -263,7 +307,8 @@ class Training:
             return None
         old = range(1, self.task)
         old_tasks = [self._data(task, heads=len(old)) for task in old]
-        replay = mode(self.scholar, old_tasks, self.options.targets)
+        old_scholar = self.before.scholar if self.before and self.task == self.first else self.scholar
+        replay = mode(old_scholar, old_tasks, self.options.targets)
         replay.block, replay.current = self.images_at_once, self.tasks[self.task - 1].train
         return replay
 
@@ -306,10 +351,11 @@ class Training:
                     raise self._diverged(phase, iteration)
             yield iteration
             self.done[phase] = iteration
-            if self.stop_requested():
+            if signal := self.stop_requested():
                 self.save_state(phase)
                 where = f"task {self.task}, {phase} iteration {iteration}"
-                raise UserError(f"stopped at {where}; run the same command with --resume to continue")
+                again = "run the same command with --resume to continue"
+                raise UserError(f"stopped at {where}; {again}", status=128 + signal)
             if iteration == iterations or time.monotonic() - self._last_saved >= self.options.checkpoint_interval:
                 self.save_state(phase)
         for observer in self.observers:
@@ -333,8 +379,18 @@ class Training:
         watching = [o for o in self.observers if at_interval(iteration, o.image_interval, iterations)]
         if watching:
             images = self.sample(self.scholar)
+            self._check_samples(images)
             for observer in watching:
                 observer.images(self.task, iteration, images)
+
+    def _check_samples(self, images: Tensor) -> None:
+        """Refuse a generator whose images are not in [0, 1], where those of the data are."""
+        low, high = images.min().item(), images.max().item()
+        if low < 0 or high > 1:
+            raise UserError(
+                f"--generator: {type(self.scholar.generator).__name__} draws values from {low:.3g} to {high:.3g}, and "
+                "images are in [0, 1]: end its network with models.Sigmoid() (or, after a Tanh, compute (x + 1) / 2)"
+            )
 
     def _report(self, phase: str, iteration: int, values: dict[str, float]) -> None:
         for observer in self.observers:
@@ -390,6 +446,26 @@ class Training:
         device = next(self.scholar.parameters()).device
         if device.type != "cpu" and state["random_of_gpu"] is not None:
             torch.get_device_module(device).set_rng_state(state["random_of_gpu"], device)
+
+
+def continue_from(
+    scholar: dgr.Scholar, checkpoint: dict[str, Any], tasks: Sequence[Task], options: TrainingOptions
+) -> Before:
+    """What a run of these tasks needs of a kept scholar; UserError if it can't continue from it."""
+    mode, learned = dgr.REPLAY_MODES[options.replay_mode], checkpoint.get("learned")
+    if learned is None:
+        raise UserError("--continue-from: this scholar does not say what it has learned: train it again")
+    given = len(learned) if learned == [mark(task) for task in tasks[: len(learned)]] else 0
+    if given == len(tasks):
+        raise UserError("--continue-from: this scholar has learned all of these tasks: name further ones after them")
+    if mode is not None and not (mode.needs_generator or given):
+        raise UserError(
+            f"--continue-from: {options.replay_mode} needs the old tasks too: name them before the new ones"
+        )
+    if mode is not None and mode.needs_generator and not checkpoint["generator_trained"]:
+        raise UserError("--continue-from: this scholar's generator was never trained: use another, or --sample-log")
+    print(f"tasks that the scholar has learned: {len(learned)}; the next one is {tasks[given].name}")
+    return Before(scholar, [] if given else learned, given)
 
 
 def at_interval(iteration: int, interval: int | None, last: int) -> bool:

@@ -13,17 +13,19 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -42,8 +44,8 @@ def option(default: Any, help: str, changes: str | None = "learning", **settings
     default: its value, or a function that returns it.
     changes: what another value changes: "networks" (their shapes), "learning" (what they learn), or None (neither).
     settings: low, high, above, below (limits of a number), choices (or a function that returns them), parse (reads the
-        text), exclusive (options with the same value exclude each other), group (a title in --help, also for the
-        options that follow), and settings of `add_argument`.
+        text, and also what is not among the choices), exclusive (options with the same value exclude each other),
+        group (a title in --help, also for the options that follow), and settings of `add_argument`.
     """
     value = {"default_factory": default} if callable(default) else {"default": default}
     return field(**value, metadata={"help": help, "changes": changes, **settings})
@@ -55,6 +57,11 @@ def default_of(f: Field) -> Any:
 
 def flag(key: str) -> str:
     return f"--{key.replace('_', '-')}"
+
+
+def to_path(text: str) -> Path:
+    """A path from the command line or the environment; shells do not expand ~ in --result-dir=~/results."""
+    return Path(os.path.expanduser(text))
 
 
 def number(
@@ -93,9 +100,10 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
         if isinstance(default, bool):
             settings["action"] = "store_true"
         elif choices is not None:
-            settings["choices"] = list(choices() if callable(choices) else choices)
+            choices = list(choices() if callable(choices) else choices)
+            settings |= {} if "parse" in settings else {"choices": choices}
         elif isinstance(default, Path):
-            settings |= {"type": Path, "metavar": "DIR"}
+            settings |= {"type": to_path, "metavar": "DIR"}
         elif limits:
             kind = int if isinstance(default, int) else float
             settings = {"metavar": "N" if kind is int else "X"} | settings | {"type": number(**limits, kind=kind)}
@@ -123,6 +131,10 @@ class FileOptions:
     resume: bool = option(False, "continue the unfinished run of this name, or start one", None)
     result_dir: Path = option(Path("./results"), "results go to DIR/NAME/", None)
     checkpoint_dir: Path = option(Path("./checkpoints"), "trained scholars go to DIR/NAME", None)
+    keep_scholars: bool = option(False, "keep each task's scholar too, in DIR/after-task-N/NAME", None)
+    continue_from: Path | None = option(
+        None, "learn further tasks from the scholar in FILE", None, parse=to_path, metavar="FILE"
+    )
     sample_dir: Path = option(Path("./samples"), "sample grids go to DIR/NAME-sample.jpg", None)
 
 
@@ -137,7 +149,14 @@ class Parser(argparse.ArgumentParser):
 
 
 class UserError(Exception):
-    """Something the user can put right. The message is one line: what is wrong, where, and what to do."""
+    """Something the user can put right. The message is one line: what is wrong, where, and what to do.
+
+    status: the program's exit status.
+    """
+
+    def __init__(self, message: str, status: int = 1):
+        super().__init__(message)
+        self.status = status
 
 
 # How PyTorch says so, on CPUs and GPUs; only some of its exceptions say it by their type.
@@ -148,13 +167,14 @@ def run_program(main: Callable[[], None]) -> None:
     """Run a script's main function; what the user can put right ends as one line on standard error, exit status 1."""
     devnull = Path(os.devnull).open("w")  # noqa: SIM115
     sys.stdout, sys.stderr = sys.stdout or devnull, sys.stderr or devnull  # None where the caller has closed them
-    # For terminals without ±; and lines must appear as they are printed, in a log too.
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    if hasattr(sys.stdout, "reconfigure"):  # notebooks, for one, put something simpler in its place
+        # For terminals without ±; and lines must appear as they are printed, in a log too.
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main()
-        sys.stdout.flush()
+        getattr(sys.stdout, "flush", bool)()
     except UserError as error:
-        fail(f"error: {error}")
+        fail(f"error: {error}", error.status)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -167,7 +187,7 @@ def run_program(main: Callable[[], None]) -> None:
         discard_output()
         fail(f"error: {error.filename or 'files'}: {reason(error)}")
     except KeyboardInterrupt:
-        fail("stopped")
+        fail("stopped", 128 + signal.SIGINT)
 
 
 def causes(error: BaseException | None) -> list[BaseException]:
@@ -183,14 +203,18 @@ def out_of_memory(error: BaseException) -> bool:
 def discard_output() -> None:
     """Drop output that can't be printed, which Python would try to print again as it exits."""
     try:
-        sys.stdout.flush()
+        getattr(sys.stdout, "flush", bool)()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with contextlib.suppress(OSError, AttributeError):  # what stands in its place may have no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def fail(message: str) -> NoReturn:
-    """Exit with status 1 and one line on standard error."""
-    sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}")
+def fail(message: str, status: int = 1) -> NoReturn:
+    """Exit with this status and one line on standard error."""
+    message = f"{Path(sys.argv[0]).name}: {' '.join(message.split())}"
+    if status != 1:
+        print(message, file=sys.stderr)
+    sys.exit(message if status == 1 else status)
 
 
 def warn(message: str) -> None:
@@ -201,8 +225,8 @@ def warn(message: str) -> None:
 
 def reason(error: BaseException) -> str:
     """An exception as a few words on one line."""
-    if isinstance(error, FileExistsError):
-        return "a directory can't be made there: a file or a link to nothing is in its place"
+    if isinstance(error, FileExistsError) and error.filename and (lost := lost_link(Path(error.filename))):
+        return lost
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error.args[0]) if isinstance(error, OSError) and error.args else str(error)  # without a file's name
@@ -224,29 +248,51 @@ def reading(path: Path, wrong: str) -> Iterator[None]:
         raise UserError(f"{wrong}: {reason(error)[:400]}") from error
 
 
-@contextlib.contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT, SIGTERM or SIGHUP (a closed terminal) into a request, which this function reports.
+# What schedulers send some time before they kill, perhaps again and again: SLURM, LSF, Grid Engine.
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
-    Another signal ends the program at once, unless it comes within a second: a process group may get each one twice.
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[], int]]:
+    """Turn the first signal to stop into a request, which this function reports by the signal's number (else 0).
+
+    These are SIGINT, SIGTERM, SIGHUP (a closed terminal) and `WARNINGS`. Another one, warnings aside, ends the program
+    at once, unless it comes within a second: a process group may get each one twice. Threads but the main one hear of
+    no signal.
     """
-    requests: list[float] = []
+    requests: list[int] = []
+    orders: list[float] = []  # when those that are no warning came
 
     def request(number: int, _frame: object) -> None:
-        requests.append(time.monotonic())
-        if requests[-1] - requests[0] > 1:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+        requests.append(number)
+        if number not in WARNINGS:
+            orders.append(time.monotonic())
+            if orders[-1] - orders[0] > 1:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
 
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
-        numbers.append(signal.SIGHUP)
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *WARNINGS]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    elif signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as under nohup
+        numbers.remove(signal.SIGHUP)
     before = {number: signal.signal(number, request) for number in numbers}
     try:
-        yield lambda: bool(requests)
+        yield lambda: requests[0] if requests else 0
     finally:
+        ending = requests and not hasattr(sys, "ps1")  # a notebook or an interactive session goes on
         for number, handler in before.items():  # after a request the program is about to end: ignore further ones
-            signal.signal(number, signal.SIG_IGN if requests else handler)
+            signal.signal(number, signal.SIG_IGN if ending else handler)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name this file in an OSError that names none, as that of a failed write does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 @contextlib.contextmanager
@@ -255,19 +301,22 @@ def atomic_write(path: Path, mode: str = "w", keep_as: Path | None = None) -> It
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     try:
-        with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+        with naming(path), temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         if keep_as is not None and path.exists():
             os.replace(path, keep_as)
         os.replace(temporary, path)
-    except BaseException as error:
+    except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if isinstance(error, OSError):
-            error.filename = error.filename or str(path)  # a failed write does not name its file
         raise
+
+
+def write_csv(path: Path, columns: dict[str, Iterable[Any]]) -> None:
+    with atomic_write(path) as file:
+        csv.writer(file, lineterminator="\n").writerows([columns, *zip(*columns.values(), strict=True)])
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -276,13 +325,20 @@ def write_json(path: Path, content: Any) -> None:
         file.write("\n")
 
 
+def lost_link(path: Path) -> str | None:
+    """What is wrong with a path that is a link to nowhere; None if it is not."""
+    lost = path.is_symlink() and not path.exists()
+    return f"{path} is a link to {os.readlink(path)}, which does not exist" if lost else None
+
+
 def not_writable(directory: Path) -> str | None:
     """Why no file can be made in a directory, which need not exist yet; None if nothing speaks against it."""
     existing = directory
     try:
-        existing = next((path for path in (directory, *directory.parents) if os.path.lexists(path)), directory)
-        if existing.is_symlink() and not existing.exists():
-            return f"{existing} is a link to {os.readlink(existing)}, which is not there"
+        above = (directory, *directory.parents)
+        existing = next((path for path in above if path.exists() or path.is_symlink()), directory)
+        if lost := lost_link(existing):
+            return lost
         if not existing.is_dir():
             return f"{existing} is not a directory"
         with tempfile.TemporaryFile(dir=existing):
@@ -365,13 +421,22 @@ class RunPaths:
     """Where a run of this name has its files.
 
     results and sample_log are directories; `drawn` is the picture that --test draws, `state` everything that an
-    unfinished run needs to continue.
+    unfinished run needs to continue, `figure` the last file that a run writes.
     """
 
     def __init__(self, name: str, options: FileOptions):
         self.results, self.scholar, self.sample_log = (getattr(options, key) / name for key in DIRECTORIES)
         self.drawn = options.sample_dir / f"{name}-sample.jpg"
         self.state = options.checkpoint_dir / f"{name}.unfinished"
+        self.figure = self.results / "precision.png"
+
+    def scholar_after(self, task: int) -> Path:
+        """Where --keep-scholars keeps the scholar of a task."""
+        return self.scholar.parent / f"after-task-{task}" / self.scholar.name
+
+    def answers(self, on: str) -> Path:
+        """Where --on writes what the scholar answers."""
+        return self.drawn.with_name(f"{self.scholar.name}-on-{on}.csv")
 
     @property
     def resumable(self) -> bool:
@@ -379,12 +444,25 @@ class RunPaths:
         return self.state.exists() or previous(self.state).exists()
 
     @property
-    def finished(self) -> bool:
-        """Whether the run has left results that can be read, and nothing to resume."""
+    def has_results(self) -> bool:
+        """Whether the run has left whole results that can be read, and nothing to resume."""
         try:
             return bool(Run.read(self.results).summary) and not self.state.exists()
         except UserError:
             return False
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has left results and the scholar they belong to."""
+        return self.has_results and self.scholar.exists()
+
+    def need(self, scholar: Path) -> None:
+        """Raise a UserError, with the way out, if this scholar of the run is missing."""
+        if not scholar.exists() and self.resumable:
+            raise UserError(f"no scholar at {scholar} yet: finish the run, with --train, --resume and the same flags")
+        if not scholar.exists() and self.has_results:
+            again = f"train it again, without --resume or after renaming {self.results}"
+            raise UserError(f"no scholar at {scholar}, though {self.results} is finished: put it back, or {again}")
 
     def stored_config(self) -> dict[str, Any] | None:
         """The config.json of the results, or else of the unfinished state; None if there is neither."""
@@ -396,8 +474,9 @@ class RunPaths:
     def rename_earlier(self, *these: Path) -> None:
         """Rename the files of an earlier run of this name, or these of them, and say so."""
         # States first: without them, nothing takes the rest for an unfinished run.
-        states = [self.state, previous(self.state)]
-        everything = [*states, self.results, self.scholar, self.sample_log, self.drawn]
+        everything = [self.state, previous(self.state), self.results, self.scholar, self.sample_log, self.drawn]
+        everything += [kept / self.scholar.name for kept in self.scholar.parent.glob("after-task-*")]
+        everything += self.drawn.parent.glob(self.answers("*").name)
         for path, new in rename_earlier(these or everything):
             print(f"{path} of an earlier run is kept as {new}")
 
@@ -445,6 +524,38 @@ def is_this_machine(host: str) -> bool:
         one.bind((host, 0))
         return True
     return host == "::1"
+
+
+def plain(options: Any) -> dict[str, Any]:
+    """The options as JSON can hold them."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items()}
+
+
+def describe_run(options: Any, tasks: Sequence[str], device: str, dtype: str) -> dict[str, Any]:
+    """What it takes to repeat a run, besides its data: the content of its config.json."""
+    versions = {name: str(sys.modules[name].__version__) for name in ("torch", "torchvision", "numpy")}
+    return {
+        "name": options.name,
+        "command": sys.argv,
+        **{key: getattr(options, key) for key in ("experiment", "replay_mode", "recipe", "flags", "seed")},
+        "options": plain(options) | {"sample_dir": str(options.sample_dir.resolve())},
+        "tasks": list(tasks),
+        "data": {},
+        "device": device,
+        "dtype": dtype,
+        "versions": {"python": platform.python_version(), "cudnn": str(torch.backends.cudnn.version())} | versions,
+        "commit": commit(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def print_summary(title: str, tasks: Sequence[str], summary: dict[str, Any]) -> None:
+    print(f"\n{title}: precision on each task's whole test set after the last task")
+    for number, name in enumerate(tasks):
+        # The last measurement: a chain measures each scholar once.
+        value = next(row[number] for row in reversed(summary["precision"]) if row[number] is not None)
+        print(f"  task {number + 1}, {name}: {value:.4f}")
+    print("average precision {average_precision:.4f}, forgetting {forgetting:.4f}, {seconds:.0f} s".format(**summary))
 
 
 class Observer:

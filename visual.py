@@ -89,7 +89,7 @@ class Progress(Observer):
     def begin(self, phase: str, task: int, iterations: int, done: int) -> None:
         self._title, self._left = f"task {task}/{self._tasks} {phase}", iterations - done
         self._values, self._summary, self._started = {}, "", time.monotonic()
-        how = {"file": sys.stderr, "dynamic_ncols": True, "disable": not sys.stderr.isatty()}
+        how = {"file": sys.stderr, "dynamic_ncols": True, "disable": not getattr(sys.stderr, "isatty", bool)()}
         how["bar_format"] = "{l_bar}{bar}| {n_fmt}/{total_fmt} {remaining}{postfix}"  # values have room in 80 columns
         self._bar = tqdm(desc=self._title, total=iterations, initial=done, **how)
 
@@ -530,7 +530,8 @@ def save_figures(runs: Sequence[Run], directory: Path) -> None:
 def write_figure(figure: Figure, path: Path) -> None:
     """Save a figure; the same figure always gives the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with rc_context({"svg.hashsalt": "dgr", "svg.fonttype": "none"}), warnings.catch_warnings(record=True) as caught:
+    style, catch = rc_context({"svg.hashsalt": "dgr", "svg.fonttype": "none"}), warnings.catch_warnings(record=True)
+    with style, utils.naming(path), catch as caught:
         figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
     if any("missing from font" in str(warning.message) for warning in caught):
         warn_once("figures show boxes for what no font here has: install one, such as Noto Sans CJK")
@@ -571,9 +572,11 @@ def table(runs: Sequence[Run]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = utils.Parser(description="Tables and figures of runs, from their files.", allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="result directory of a run, or of many")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="their precision plots: .png, .svg or .pdf")
-    parser.add_argument("--figures", type=Path, metavar="DIR", help="all figures, as DIR/EXPERIMENT-KIND.png and .svg")
+    parser.add_argument("runs", nargs="+", type=utils.to_path, metavar="RUN", help="result directory of one or many")
+    parser.add_argument("--output", type=utils.to_path, metavar="FILE", help="their precision plots: .png, .svg, .pdf")
+    parser.add_argument(
+        "--figures", type=utils.to_path, metavar="DIR", help="all figures: EXPERIMENT-KIND.png and .svg"
+    )
     parser.add_argument("--visdom", action="store_true", help="play the runs back on a visdom server")
     utils.add_options(parser, VisdomOptions)
     options = parser.parse_args(arguments)

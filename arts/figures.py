@@ -30,6 +30,7 @@ ARTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(ARTS.parent))
 
 import main  # noqa: E402
+import models  # noqa: E402
 import utils  # noqa: E402
 import visual  # noqa: E402
 from utils import MODES, Run, Setting, UserError, flag  # noqa: E402
@@ -163,8 +164,8 @@ PUBLISHED = {
         "paper": {"none": "0.175", "noise-replay": "0.20", "exact-replay": "0.975", "generative-replay": "0.95"}
     },
 }
-NETWORKS = {flag(key) for key in main.NETWORKS}
-NARROW = [f"{flag(key)}={value}" for key, value in main.NARROW.items() if key in main.NETWORKS]
+NETWORKS = {flag(key) for key in models.NETWORKS}
+NARROW = [f"{flag(key)}={value}" for key, value in main.NARROW.items() if key in models.NETWORKS]
 KINDS = {
     "precision": "precision on each task",
     "average": "average precision on the tasks so far",
@@ -383,9 +384,15 @@ def draw_all(runs: list[Run]) -> None:
 def run(arguments: list[str] | None = None) -> None:
     parser = utils.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument(
-        "--keep", nargs="+", action="extend", type=Path, metavar="RUN", default=[], help="finished runs to keep first"
+        "--keep",
+        nargs="+",
+        action="extend",
+        type=utils.to_path,
+        metavar="RUN",
+        default=[],
+        help="finished runs to keep",
     )
-    parser.add_argument("--keep-ablations", type=Path, metavar="DIR", help="results of benchmarks/ablations.py to keep")
+    parser.add_argument("--keep-ablations", type=utils.to_path, metavar="DIR", help="results of ablations.py to keep")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as directory:
         samples = Path(directory)

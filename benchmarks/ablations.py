@@ -224,7 +224,7 @@ def learn(variation: str, seed: int, flags: list[str], results: Path) -> utils.R
     options = dataclasses.replace(
         options, **{key: type(value)(other.times[key] * value) for key, value in values.items()}
     )
-    describe_run = main.describe_run
+    describe_run = utils.describe_run
 
     def describe_variation(*arguments: Any) -> dict[str, Any]:
         """config.json with the variation, also among the flags: runs that differ in it are different settings."""
@@ -232,7 +232,7 @@ def learn(variation: str, seed: int, flags: list[str], results: Path) -> utils.R
         return config | {"variation": variation, "flags": [*config["flags"], f"variation={variation}"]}
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(main, "describe_run", describe_variation))
+        stack.enter_context(mock.patch.object(utils, "describe_run", describe_variation))
         for (owner, name), function in other.instead.items():
             stack.enter_context(mock.patch.object(owner, name, function))
         main.run_training(options)
@@ -264,7 +264,7 @@ def run() -> None:
     parser.add_argument(
         "--seeds", nargs="+", action="extend", type=utils.number(0, kind=int), metavar="N", help="(default: 0 1 2)"
     )
-    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="(default: %(default)s)")
+    parser.add_argument("--results", type=utils.to_path, default=Path("results"), help="(default: %(default)s)")
     here, flags = parser.parse_known_args()
     here.seeds = here.seeds or [0, 1, 2]
     if unknown := [name for name in here.variations if name not in VARIATIONS]:

@@ -323,7 +323,7 @@ def measure(options: main.Options, repetitions: int) -> list[dict[str, Any]]:
 
 def run() -> None:
     parser = utils.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--output", type=Path, default=Path("results/bench.json"), help="(default: %(default)s)")
+    parser.add_argument("--output", type=utils.to_path, default="results/bench.json", help="(default: %(default)s)")
     parser.add_argument(
         "--repetitions",
         type=utils.number(1, kind=int),

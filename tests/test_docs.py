@@ -7,6 +7,7 @@ import gzip
 import importlib.util
 import io
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -79,6 +80,32 @@ def test_every_flag_that_is_named_exists(flags):
     for where, text in texts.items():
         unknown = flags_in(text) - flags - FOREIGN
         assert not unknown, f"{where} names {unknown}"
+
+
+@pytest.mark.parametrize("script", ["main.py", *SCRIPTS])
+def test_every_program_prints_where_standard_output_is_something_simpler(script, monkeypatch):
+    """As in a notebook, whose output is no text file."""
+
+    class Output:
+        text = ""
+
+        def write(self, text):
+            self.text += text
+
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    monkeypatch.setattr(sys, "stdout", Output())
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert "usage: " in sys.stdout.text
+
+
+def test_pip_says_in_one_line_that_this_is_not_installed(tmp_path):
+    for name in ("setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    command = [sys.executable, "-m", "pip", "install", "--no-index", f"--target={tmp_path / 'there'}", str(tmp_path)]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 1 and "[1 lines of output]" in process.stderr
+    assert "runs from its directory" in process.stderr and not (tmp_path / "there").exists()
 
 
 def test_options_txt_is_what_help_prints(monkeypatch):
@@ -253,10 +280,8 @@ def test_run_full_experiments_of_the_docs_is_a_list_of_runs(command, tmp_path):
     lines = process.stdout.strip().splitlines()
     assert lines
     for line in lines:
-        for part in line.split("&&"):
-            script, *arguments = shlex.split(part)
-            assert script == "./main.py"
-            options = main.parse(arguments)
+        for part in line.split("&&")[1:]:
+            options = main.parse(shlex.split(part)[2:])
             assert options.train or options.test
 
 

@@ -18,6 +18,7 @@ import types
 import pytest
 import torch
 from conftest import ROOT, TINY, assert_one_line_error, call, run, start, write_small_mnist
+from test_data import write_task
 
 import data
 import main
@@ -206,8 +207,9 @@ def test_interrupted_runs_continue(tmp_path, small_mnist):
         wait_for(process, *(utils.previous(state) for state in states[:2]))
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=120)
-    assert process.returncode == 1 and "run the same command again" in err and "Traceback" not in out + err
-    assert out.count("with --resume to continue") == 2
+    assert process.returncode == 128 + signal.SIGTERM and "run the same command again" in err
+    assert out.count(": stopped: ") == out.count("with --resume to continue") == 2
+    assert "failed" not in out and "Traceback" not in out + err
     assert [state.exists() for state in states] == [True, True, False]  # the third never starts
     process = run("run_full_experiments", *flags, "--seeds=0-1", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
@@ -222,13 +224,34 @@ def test_dry_run_is_the_list_of_commands(tmp_path):
     assert process.returncode == 0 and len(lines) == 45 and not list(tmp_path.iterdir())
     names = set()
     for line in lines:
-        for command in line.split(" && "):
-            script, *arguments = shlex.split(command)
+        here, *commands = line.split(" && ")
+        assert shlex.split(here) == ["cd", str(tmp_path)]
+        for command in commands:
+            python, script, *arguments = shlex.split(command)
             options = main.parse(arguments)
-            assert script == "./main.py" and options.lr == 1e-3 and options.cuda_graphs
+            assert (
+                [python, script] == [sys.executable, str(ROOT / "main.py")]
+                and options.lr == 1e-3
+                and options.cuda_graphs
+            )
             assert options.result_dir.name == f"seed-{options.seed}" and (options.test or options.resume)
         names.add((options.name, options.seed))
     assert len(names) == 45
+
+
+def test_own_tasks_through_a_link_and_lines_that_work_from_anywhere(tmp_path, small_mnist):
+    write_task(tmp_path / "my task.npz")
+    (tmp_path / "link").symlink_to(ROOT / "run_full_experiments")
+    command = [sys.executable, "link", "--tasks", "my task.npz", "mnist", f"--data-dir={small_mnist}", *TINY]
+    lines = subprocess.check_output([*command, "--seeds=0-1", "--dry-run"], cwd=tmp_path, text=True).splitlines()
+    assert len(lines) == 6
+    subprocess.run(["bash", "-c", lines[0]], cwd="/", check=True, capture_output=True)
+    assert summary_of(tmp_path / "results/seed-0", "my_task+mnist-none-r1")["replay_mode"] == "none"
+    process = subprocess.run([*command, "--seeds=0"], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    for mode in ("none-r1", "exact-replay-r0.3", "generative-replay-r0.3"):
+        assert summary_of(tmp_path / "results/seed-0", f"my_task+mnist-{mode}")
+    assert (tmp_path / "results/my_task+mnist.md").exists()
 
 
 def test_a_reader_that_has_enough_is_no_error(tmp_path):
@@ -285,6 +308,7 @@ def test_targets_are_no_flag_of_runs_without_replay(full):
         (["--quick", "permutated-mnist"], "before the flags"),
         (["--seeds=0-2", "--seed=1"], "--seed: each run sets its own"),
         (["--experiment=mnist-svhn"], "name experiments before the flags"),
+        (["split-mnist", "--tasks", "mnist"], "split-mnist has tasks of its own"),
         (["--jobs=0"], "--jobs"),
         *(([f"--seeds={seeds}"], "--seeds") for seeds in ["4-", "4-0", "0-999999999", "1-2-3", ""]),
     ],

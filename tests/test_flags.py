@@ -75,7 +75,9 @@ import utils
         (["--train", "--replay-targets=soft", "--temperature=0"], ["--temperature", "at least 0.01"]),
         (["--train", "--experiment=mnist-chain", "--replay-mode=none"], ["--replay-mode", "replay alone"]),
         (["--train", "--mnist-split-number=11"], ["--mnist-split-number", "at least 1 and at most 10"]),
-        (["--train", "--generator=gpt"], ["--generator", "wgan"]),
+        (["--train", "--generator=gpt"], ["--generator", "wgan", "MODULE:CLASS"]),
+        (["--train", "--solver=nowhere:Net"], ["--solver", "'nowhere:Net' can't be imported", "No module named"]),
+        (["--train", "--solver=json:Net"], ["--solver", "module 'json' has no attribute 'Net'"]),
         (["--train", "--tasks", "absent.npz"], ["--tasks", "absent.npz"]),
         (["--train", "--tasks", "mnist", "imagenet"], ["--tasks", "imagenet", "fashion-mnist"]),
         (["--train", "--tasks", "mnist", "--experiment=split-mnist"], ["--experiment", "not allowed with"]),
@@ -191,6 +193,31 @@ def test_data_directory_from_the_environment(monkeypatch, tmp_path):
     assert "(default: /data/100%d)" in " ".join(main.make_parser().format_help().split())
     monkeypatch.setenv("DGR_DATA_DIR", "")
     assert str(parse().data_dir) == "datasets"
+
+
+def test_every_path_behind_an_equals_sign_may_begin_with_a_tilde(monkeypatch, tmp_path):
+    """No shell expands it there."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.npz").touch()
+    paths = [f.name for f in fields(main.Options) if isinstance(utils.default_of(f), Path)] + ["continue_from"]
+    assert len(paths) == 5
+    for name in paths:
+        assert getattr(parse(f"{utils.flag(name)}=~/x"), name) == tmp_path / "x"
+    assert parse("--tasks=~/x.npz").tasks == [str(tmp_path / "x.npz")]
+    monkeypatch.setenv("DGR_DATA_DIR", "~/x")
+    assert parse().data_dir == tmp_path / "x"
+    for script, flag in (("visual.py", "--figures"), ("arts/figures.py", "--keep")):
+        process = call(script, *(["x"] if script == "visual.py" else []), f"{flag}=~/gone", cwd=tmp_path)
+        assert process.returncode == 1 and not (tmp_path / "~").exists()
+
+
+def test_a_directory_that_is_a_link_to_nowhere_is_said_to_be_one(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("results").symlink_to("gone")
+    for flags in ("", "--result-dir=results/below"):
+        with pytest.raises(SystemExit):
+            parse(flags)
+        assert "--result-dir: results is a link to gone, which does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -322,6 +349,7 @@ def test_flags_of_a_run_are_what_differs_from_its_recipe(random, recipe, names):
     mode = dgr.REPLAY_MODES[options.replay_mode]
     idle = {"importance_of_new_task"} if mode is None or options.chain else set()
     idle |= {"sample_log"} if mode is not None and mode.needs_generator else set()
+    idle |= set(options.unused)
     base = ["--train", f"--recipe={recipe}", *(f"{utils.flag(key)}={getattr(options, key)}" for key in APART)]
 
     def learning(flags: list[str]) -> dict[str, object]:

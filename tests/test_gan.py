@@ -398,13 +398,13 @@ def test_vae_loss_is_the_negative_evidence_lower_bound():
 # ------------------------------------------------------------------------------------------------------- options
 
 
-@pytest.mark.parametrize("field", fields(models.ScholarOptions), ids=lambda field: field.name)
+@pytest.mark.parametrize("field", [f for f in fields(models.ScholarOptions) if f.metadata], ids=lambda field: field.name)
 def test_every_option_of_a_scholar_is_read_with_its_default_and_limits(field, capsys):
     parser, flag = main.make_parser(), utils.flag(field.name)
     assert parser.get_default(field.name) == getattr(models.ScholarOptions(), field.name)
     assert f"{flag} " in parser.format_help().replace("\n", " ")
-    assert (field.name in main.NETWORKS) == (field.metadata["changes"] == "networks")
-    assert (field.name in main.LEARNING) == (field.metadata["changes"] is not None)
+    assert (field.name in models.NETWORKS) == (field.metadata["changes"] == "networks")
+    assert (field.name in main.parse(["--train"]).deciding) == (field.metadata["changes"] is not None)
     for outside in [field.metadata["low"] - 1] if "low" in field.metadata else []:
         with pytest.raises(SystemExit):
             parser.parse_args(["--train", f"{flag}={outside}"])
@@ -418,9 +418,9 @@ def test_a_new_option_of_a_generator_takes_one_line(tmp_path):
     new = '    generator_new: float = option(1.5, "something new", "networks", low=1)\n'
     (tmp_path / "models.py").write_text(source.replace(first, new + first))
     program = """if True:
-        import main, utils
+        import main, models, utils
         default, options = (main.parse(["--train", *given]) for given in ([], ["--generator-new=2"]))
-        print(options.flags, default.flags, utils.differences(main.plain(default), main.plain(options), main.NETWORKS))
+        print(options.flags, default.flags, utils.differences(vars(default), vars(options), models.NETWORKS))
         main.make_parser().print_help()
         main.parse(["--train", "--generator-new=0.5"])
     """

@@ -5,14 +5,16 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_one_line_error, call, run, write_small_mnist
+from conftest import ROOT, TINY, assert_one_line_error, call, run, small_digits, write_small_mnist
 from PIL import Image
 from test_data import write_small_svhn, write_task
 from test_resume import harm
@@ -321,6 +323,150 @@ def test_data_directory_that_leads_nowhere_is_one_line(tmp_path):
     assert_one_line_error(train(tmp_path, "data"), 1, "data directory", "--data-dir")
 
 
+# ----------------------------------------------------------------------------------- going on with a kept scholar
+
+OWN = "own-generative-replay-r0.3-continued"
+BOTH = "mnist+own-generative-replay-r0.3-continued"
+
+
+@pytest.fixture(scope="module")
+def mnist_alone(tmp_path_factory, small_mnist):
+    """A directory with a scholar of MNIST, and own digits with labels up to 11."""
+    cwd = tmp_path_factory.mktemp("alone")
+    assert train(cwd, small_mnist, "--tasks", "mnist").returncode == 0
+    images, labels = small_digits(48, seed=3)
+    arrays = {f"{kind}_{part}": value for part in ("train", "test") for kind, value in (("x", images), ("y", labels))}
+    arrays |= {f"y_{part}": np.arange(48) % 12 for part in ("train", "test")}
+    np.savez(cwd / "own.npz", **{key: value.astype(np.uint8) for key, value in arrays.items()})
+    return cwd
+
+
+@pytest.fixture
+def copy_of_alone(mnist_alone, tmp_path):
+    return shutil.copytree(mnist_alone, tmp_path / "copy")
+
+
+KEPT = "--continue-from=checkpoints/mnist-generative-replay-r0.3"
+
+
+def test_a_kept_scholar_learns_own_digits_of_more_classes(copy_of_alone, small_mnist):
+    cwd = copy_of_alone
+    process = train(cwd, small_mnist, KEPT, "--tasks", "own.npz")
+    assert process.returncode == 0, process.stderr
+    assert "tasks that the scholar has learned: 1; the next one is own\n" in process.stdout
+    kept, continued = (utils.load_checkpoint(cwd / "checkpoints" / name) for name in (KEPT.split("/")[1], OWN))
+    assert (kept["classes"], continued["classes"]) == (10, 12) and continued["learned"][:1] == kept["learned"]
+    assert len(continued["learned"]) == 2
+    assert "--continue-from=mnist-generative-replay-r0.3" in read_json(cwd / "results" / OWN / "config.json")["flags"]
+    measured = draw(cwd, KEPT, "--tasks", "own.npz", f"--data-dir={small_mnist}", "--on=mnist")
+    assert re.search(r"precision on MNIST: 0\.\d+ of 100 test images", measured.stdout), measured.stderr
+
+
+def test_tasks_that_a_kept_scholar_has_learned_are_measured_and_not_learned_again(copy_of_alone, small_mnist):
+    """In every replay mode that needs their data, too; from such a scholar one goes on as well."""
+    cwd, tasks = copy_of_alone, ["--tasks", "mnist", "own.npz"]
+    assert train(cwd, small_mnist, KEPT, *tasks).returncode == 0
+    before, after = read_json(cwd / "results" / BOTH / "summary.json")["precision"]
+    assert before == [read_json(next(cwd.glob("results/mnist-*/summary.json")))["average_precision"], None]
+    assert None not in after
+    with (cwd / "results" / BOTH / "metrics.csv").open() as file:
+        assert {row["task"] for row in csv.DictReader(file) if row["phase"] == "solver"} == {"2"}
+    process = train(cwd, small_mnist, KEPT, *tasks, "--replay-mode=exact-replay")
+    assert process.returncode == 0, process.stderr
+    process = train(cwd, small_mnist, f"--continue-from=checkpoints/{BOTH}", *tasks, "own.npz")
+    assert process.returncode == 0 and "has learned: 2" in process.stdout, process.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--tasks", "mnist"], ["has learned all of these tasks"]),
+        (["--tasks", "own.npz", "--replay-mode=exact-replay"], ["exact-replay needs the old tasks too"]),
+        (["--tasks", "svhn"], ["has learned grey images, and these have colour"]),
+        (["--tasks", "own.npz", "--solver-channel-size=32"], ["--solver-channel-size 16, not 32"]),
+        (["--tasks", "own.npz", "--continue-from=gone"], ["no scholar at gone"]),
+        (["--experiment=mnist-chain"], ["every scholar of mnist-chain starts from scratch"]),
+    ],
+)
+def test_what_a_kept_scholar_cannot_go_on_with_is_one_line(copy_of_alone, small_mnist, flags, words):
+    write_small_svhn(shutil.copytree(small_mnist, copy_of_alone / "data"))
+    process = train(copy_of_alone, "data", KEPT, *flags)
+    process.stderr = process.stderr.strip().splitlines()[-1]
+    assert_one_line_error(process, 2 if "chain" in flags[0] else 1, *words)
+    assert not list(copy_of_alone.glob("results/*continued"))
+
+
+def test_a_run_would_not_replace_the_scholar_it_continues_from(copy_of_alone, small_mnist):
+    (copy_of_alone / KEPT.split("=")[1]).rename(copy_of_alone / "checkpoints" / OWN)
+    process = train(copy_of_alone, small_mnist, f"--continue-from=checkpoints/{OWN}", "--tasks", "own.npz")
+    assert_one_line_error(process, 2, "--continue-from", "give it another name")
+
+
+def test_each_tasks_scholar_is_kept_on_request(tmp_path, small_mnist):
+    assert train(tmp_path, small_mnist, "--keep-scholars").returncode == 0
+    first, last = (tmp_path / f"checkpoints/after-task-{task}" / NAME for task in (1, 2))
+    scholars = [utils.load_checkpoint(path) for path in (first, last, tmp_path / "checkpoints" / NAME)]
+    assert [len(scholar["learned"]) for scholar in scholars] == [1, 2, 2]
+    weights = [scholar["scholar"]["solver.net.0.weight"] for scholar in scholars]
+    assert torch.equal(weights[1], weights[2]) and not torch.equal(weights[0], weights[1])
+    assert draw(tmp_path, f"--checkpoint-dir={first.parent}").returncode == 0
+    assert train(tmp_path, small_mnist).returncode == 0  # which renames them
+    assert {path.name for path in tmp_path.glob("checkpoints/after-*/*")} == {f"{NAME}~1"}
+
+
+def test_answers_of_a_scholar_are_a_csv_file_with_its_precision(copy_of_trained, small_mnist):
+    where = ["--on=mnist", f"--data-dir={small_mnist}"]
+    process = draw(copy_of_trained, *where)
+    assert process.returncode == 0, process.stderr
+    with (copy_of_trained / f"samples/{NAME}-on-mnist.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows] == [str(n) for n in range(100)] and {row["label"] for row in rows} > {"0"}
+    right = sum(row["label"] == row["answer"] for row in rows) / 100
+    summary = read_json(copy_of_trained / "results" / NAME / "summary.json")
+    assert right == summary["precision"][-1][0]  # the first task is MNIST as it is
+    assert f"precision on MNIST: {right:.4f} of 100 test images" in process.stdout
+    assert_one_line_error(train(copy_of_trained, small_mnist, "--on=mnist"), 2, "--on", "--test")
+
+
+# ------------------------------------------------------------------------------ networks from outside, and options
+
+
+def test_a_generator_and_a_solver_come_from_modules_where_the_run_is_started(tmp_path, small_mnist):
+    (tmp_path / "my_networks.py").write_text("import models\nclass G(models.VAE): pass\nclass S(models.MLP): pass\n")
+    flags = ["--generator=my_networks:G", "--solver=my_networks:S"]
+    process = train(tmp_path, small_mnist, *flags, start=run)
+    assert process.returncode == 0, process.stderr
+    process = draw(tmp_path, *flags, start=run)
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / f"samples/{NAME}-my_networks.G-my_networks.S-sample.jpg").exists()
+
+
+def test_a_generator_outside_of_0_to_1_is_refused_before_it_learns(tmp_path, small_mnist, monkeypatch):
+    class Tanh(models.VAE):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.net[-2] = torch.nn.Tanh()
+
+    monkeypatch.setitem(models.GENERATORS, "tanh", Tanh)
+    process = train(tmp_path, small_mnist, "--generator=tanh")
+    assert process.returncode == 1 and "iterations in" not in process.stderr
+    process.stderr = process.stderr.strip().splitlines()[-1]
+    assert_one_line_error(process, 1, "--generator: Tanh draws values from -", "[0, 1]", "models.Sigmoid()")
+
+
+def test_options_without_effect_are_named(tmp_path, small_mnist):
+    write_task(tmp_path / "own.npz")
+    flags = ["--replay-mode=none", "--generator=vae", "--solver=mlp", "--solver-depth=3", "--tasks", "own.npz"]
+    process = train(tmp_path, small_mnist, *flags)
+    said = re.findall("^warning: (.*)", process.stderr, re.MULTILINE)
+    assert set(said) == {
+        "--generator-c-channel-size has no effect with --generator=vae",
+        "--generator-c-updates-per-g-update has no effect with --generator=vae",
+        "--solver-depth has no effect with --solver=mlp",
+        "--mnist-permutation-number has no effect with --tasks",
+    }
+
+
 # -------------------------------------------------------------------------------------------------------- test
 
 
@@ -372,3 +518,18 @@ def test_damaged_checkpoint_is_refused_and_nothing_in_it_executed(copy_of_traine
     harm(path, damage, copy_of_trained)
     assert_one_line_error(draw(copy_of_trained), 1, f"checkpoints/{NAME}")
     assert not (copy_of_trained / "executed").exists()
+
+
+def test_a_missing_scholar_of_a_finished_run_is_named_with_the_way_out(copy_of_trained, small_mnist):
+    scholar = copy_of_trained / "checkpoints" / NAME
+    kept = scholar.rename(copy_of_trained / "kept")
+    for process in (train(copy_of_trained, small_mnist, "--resume"), draw(copy_of_trained)):
+        process.stderr = process.stderr.strip().splitlines()[-1]
+        assert_one_line_error(process, 1, f"no scholar at checkpoints/{NAME}", "put it back", "without --resume")
+    kept.rename(scholar)
+    (copy_of_trained / f"results/{NAME}/precision.png").unlink()
+    assert "nothing to resume" in train(copy_of_trained, small_mnist, "--resume").stdout
+    assert (copy_of_trained / f"results/{NAME}/precision.png").exists()
+    process = train(copy_of_trained, small_mnist, "--resume", "--keep-scholars")
+    process.stderr = process.stderr.strip().splitlines()[-1]
+    assert_one_line_error(process, 1, f"no scholar at checkpoints/after-task-2/{NAME}")

@@ -1,7 +1,9 @@
 """Runs that are stopped, killed or out of disk: what is left, and that they end as if nothing had happened."""
 
 import contextlib
+import errno
 import io
+import itertools
 import json
 import os
 import pickle
@@ -10,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -231,6 +234,45 @@ def test_resume_may_change_what_decides_nothing(tmp_path, small_mnist, whole, mo
     assert outcome(tmp_path) == whole
 
 
+def test_resume_may_change_what_has_no_effect(tmp_path, small_mnist, monkeypatch):
+    vae = ["--generator=vae", "--loss-log-interval=3"]
+    run_until(monkeypatch, 3, flags(tmp_path, small_mnist, *vae))
+    run_here(flags(tmp_path, small_mnist, "--generator=vae", "--generator-lambda=3", "--resume"))
+    again = flags(tmp_path, small_mnist, "--generator=vae", "--mnist-split-number=2", "--resume")
+    assert "nothing to resume" in run_here(again)
+
+
+def test_a_run_from_a_kept_scholar_resumes_from_the_same_one(tmp_path, small_mnist, monkeypatch):
+    run_here(flags(tmp_path / "kept", small_mnist, "--experiment=split-mnist", "--mnist-split-number=1"))
+    (scholar,) = (tmp_path / "kept/checkpoints").glob("split*0.3")
+    kept = f"--continue-from={scholar}"
+    run_here(flags(tmp_path / "whole", small_mnist, kept))
+    run_until(monkeypatch, 5, flags(tmp_path / "cut", small_mnist, kept))
+    with scholar.open("ab") as file, pytest.raises(UserError, match="continues from another scholar"):
+        file.write(b"x")
+        file.flush()
+        run_here(flags(tmp_path / "cut", small_mnist, kept, "--resume"))
+    os.truncate(scholar, scholar.stat().st_size - 1)
+    run_here(flags(tmp_path / "cut", small_mnist, kept, "--resume"))
+    monkeypatch.setattr(sys.modules[__name__], "NAME", f"{NAME}-continued")
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
+def test_a_disk_that_is_full_at_the_last_figure_leaves_a_whole_run(tmp_path, small_mnist, whole, monkeypatch):
+    def savefig(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", savefig)
+        with pytest.raises(
+            UserError, match=rf"{tmp_path}/.*precision\.png: No space left.*results and scholar are whole"
+        ):
+            run_here(flags(tmp_path, small_mnist))
+    assert Run.read(tmp_path / "results" / NAME).summary and (tmp_path / "checkpoints" / NAME).exists()
+    run_here(flags(tmp_path, small_mnist, "--resume"))
+    assert outcome(tmp_path) == whole
+
+
 def test_a_resumed_run_says_what_it_began_with(tmp_path, small_mnist, monkeypatch, capfd):
     """What differs from its beginning, not from the last time it was resumed."""
     for commit, saves, said in (("one", 2, ""), ("two", 2, "began with commit one"), ("one", 2, "")):
@@ -448,13 +490,15 @@ def hangup():
     signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
 def test_signal_saves_and_says_how_to_continue(tmp_path, small_mnist, hangup, number):
+    """What people and schedulers send."""
     hangup(signal.SIG_DFL)
+    number = signal.Signals[number]
     with long_run(tmp_path, small_mnist) as process:
         process.send_signal(number)
         _, error = process.communicate(timeout=30)
-    assert process.returncode == 1
+    assert process.returncode == 128 + number
     iteration = utils.load_checkpoint(state_of(tmp_path))["training"]["done"]["generator"]
     assert f"stopped at task 1, generator iteration {iteration};" in error.splitlines()[-1] and iteration > 0
     assert "run the same command with --resume to continue" in error.splitlines()[-1]
@@ -477,7 +521,41 @@ def test_a_signal_that_comes_twice_saves_too(tmp_path, small_mnist):
         time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         _, error = process.communicate(timeout=30)
-    assert process.returncode == 1 and "--resume to continue" in error
+    assert process.returncode == 128 + signal.SIGTERM and "--resume to continue" in error
+
+
+def test_warnings_of_schedulers_that_are_repeated_do_not_cut_a_save_short(monkeypatch):
+    clock = itertools.count(step=10)
+    monkeypatch.setattr(utils.time, "monotonic", lambda: next(clock))
+    with utils.stop_requests() as stopping:
+        assert not stopping()
+        for number in (signal.SIGXCPU, signal.SIGXCPU, signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR2):
+            signal.raise_signal(number)
+        assert stopping() == signal.SIGXCPU
+    for number in utils.WARNINGS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def test_a_run_in_a_thread_with_other_output_is_a_run(tmp_path, small_mnist, whole, monkeypatch):
+    """As in notebooks and web services, where signals go to the main thread."""
+
+    class Written:
+        def __init__(self):
+            self.text = ""
+
+        def write(self, text):
+            self.text += text
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Written())
+        patch.setattr(sys, "stderr", Written())
+        patch.setattr(sys, "argv", ["main.py"])
+        arguments = flags(tmp_path, small_mnist)
+        thread = threading.Thread(target=utils.run_program, args=[lambda: main.main(arguments)])
+        thread.start()
+        thread.join()
+        assert "average precision" in sys.stdout.text and "task 2/2 solver" in sys.stderr.text
+    assert outcome(tmp_path) == whole
 
 
 def test_second_signal_leaves_at_once(tmp_path, small_mnist):

@@ -11,7 +11,6 @@ from conftest import SMALL, assert_same_state, small_scholar, state
 
 import data
 import dgr
-import main
 import models
 import train
 import utils
@@ -45,7 +44,7 @@ class Recorder(utils.Observer):
         return [event[len(prefix) :] for event in self.events if event[: len(prefix)] == prefix]
 
 
-def learn(small_mnist, new_scholar=small_scholar, tasks=2, save_scholar=lambda _scholar: None, **changes):
+def learn(small_mnist, new_scholar=small_scholar, tasks=2, save_scholar=lambda _scholar: None, before=None, **changes):
     """Learn small tasks. Returns the training when it is over, and what its observer heard."""
     recorder, noise = Recorder(), torch.zeros(2, 5)
     training = train.Training(
@@ -55,6 +54,7 @@ def learn(small_mnist, new_scholar=small_scholar, tasks=2, save_scholar=lambda _
         observers=[recorder],
         sample=lambda scholar: scholar.generator.sample(2, noise),
         save_scholar=save_scholar,
+        before=before,
     )
     assert training.run()["precision"] is training.matrix
     return training, recorder
@@ -145,11 +145,11 @@ def test_sample_grids_repeat_and_leave_the_random_stream_as_it_was():
             return super().sample(n, z) + torch.rand(n, 1, 1, 1)
 
     generator, before = Diffusion(small_scholar().generator.net, 5), torch.get_rng_state()
-    first = main.sample_grid(generator, 2, seed=3)
+    first = models.sample_grid(generator, 2, seed=3)
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(1)
-    assert torch.equal(main.sample_grid(generator, 2, seed=3), first)
-    assert not torch.equal(main.sample_grid(generator, 2, seed=4), first)
+    assert torch.equal(models.sample_grid(generator, 2, seed=3), first)
+    assert not torch.equal(models.sample_grid(generator, 2, seed=4), first)
 
 
 def test_matrix_has_a_row_for_each_task_over_the_tasks_so_far(small_mnist):
@@ -383,3 +383,36 @@ def test_summary_is_what_the_run_gives_and_its_seconds(tmp_path):
     written = utils.RunFiles(tmp_path, {}).write_summary(precision=[[0.5, None], [0.25, 1.0]], seed=3)
     assert json.loads((tmp_path / "summary.json").read_text()) == written
     assert written.pop("seconds") >= 0 and written == {"precision": [[0.5, None], [0.25, 1.0]], "seed": 3}
+
+
+# -------------------------------------------------------------------------------------------- from a kept scholar
+
+
+def test_the_first_task_after_a_kept_scholar_is_learned_from_its_replay(small_mnist, monkeypatch):
+    seen, old = watch_learning(monkeypatch), small_scholar()
+    before = train.Before(old, earlier=["one", "two"], given=0)
+    learn(small_mnist, before=before, importance_of_new_task="auto")
+    (_, _, current, replay, how), later = seen[0], seen[2]
+    assert how["r"] == 1 / 3 and later[4]["r"] == 1 / 4 and isinstance(current, data.Split)
+    assert_same_state(replay.old_scholar, old.remember().state_dict())
+
+
+def test_a_kept_scholar_answers_among_the_classes_it_knows_and_a_wider_one_starts_from_its_weights():
+    old, wide = small_scholar(), models.make_scholar(1, 14, SMALL)
+    fresh, x = state(wide), torch.rand(6, 1, 32, 32)
+    models.inherit(wide, old.state_dict())
+    head = [name for name, value in fresh.items() if len(value.shape) and len(value) == 14]
+    assert len(head) == 2
+    for name, value in old.state_dict().items():
+        wider = wide.state_dict()[name]
+        assert torch.equal(wider[:10] if name in head else wider, value), name
+        assert name not in head or torch.equal(wider[10:], fresh[name][10:])
+    expected = old.solver.answer_softly(x, 2.0)
+    old.solver.net = models.AmongMore(old.solver.net, 14)
+    softly = old.remember().solver.answer_softly(x, 2.0)
+    torch.testing.assert_close(softly[:, :10], expected)
+    assert softly.shape == (6, 14) and not softly[:, 10:].any() and old.solver.answer(x).max() < 10
+
+
+def test_forgetting_after_a_kept_scholar_leaves_out_what_was_not_measured():
+    assert train.forgetting([[None] * 3, [0.9, 0.8, None], [0.7, 0.75, 0.6]]) == pytest.approx((0.2 + 0.05) / 2)
