@@ -60,7 +60,7 @@ def class_of(known: Callable[[], dict[str, Any]]) -> Callable[[str], str]:
 class ScholarOptions:
     """What a scholar is made of."""
 
-    image_size: int = option(32, SIZES, "networks", choices=range(16, 129, 16), parse=int, metavar="N", group="images")
+    image_size: int = option(32, SIZES, "networks", choices=range(16, 129, 16), metavar="N", group="images")
     generator: str = option(
         "wgan", "WGAN-GP, VAE, or your own MODULE:CLASS", "networks", choices=lambda: GENERATORS, group="generator",
         parse=class_of(lambda: GENERATORS), metavar="{wgan,vae,MODULE:CLASS}",

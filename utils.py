@@ -101,7 +101,7 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
             settings["action"] = "store_true"
         elif choices is not None:
             choices = list(choices() if callable(choices) else choices)
-            settings |= {} if "parse" in settings else {"choices": choices}
+            settings |= {} if "parse" in settings else {"choices": choices, "type": type(choices[0])}
         elif isinstance(default, Path):
             settings |= {"type": to_path, "metavar": "DIR"}
         elif limits:

@@ -492,7 +492,7 @@ MAY_IMPORT = {
 }
 
 
-@pytest.mark.parametrize("module", sorted(path.stem for path in ROOT.glob("*.py")))
+@pytest.mark.parametrize("module", sorted({path.stem for path in ROOT.glob("*.py")} - {"setup"}))
 def test_imports_point_one_way(module):
     imported = set()
     for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text())):

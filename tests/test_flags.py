@@ -166,14 +166,6 @@ def test_own_data_have_names_of_their_own_in_any_language(tmp_path, monkeypatch)
     assert len(names[6].encode()) <= 100
 
 
-@pytest.mark.parametrize("key", utils.DIRECTORIES)
-def test_a_directory_that_is_a_link_to_nothing_is_named(tmp_path, capsys, key):
-    (tmp_path / "link").symlink_to(tmp_path / "gone")
-    with pytest.raises(SystemExit, match="2"):
-        parse(f"{utils.flag(key)}={tmp_path / 'link'}")
-    assert f"link is a link to {tmp_path / 'gone'}, which is not there" in capsys.readouterr().err
-
-
 def test_a_checkout_of_another_owner_is_said(monkeypatch, capsys):
     if not (ROOT / ".git").exists():
         pytest.skip("this is no checkout")

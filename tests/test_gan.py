@@ -398,7 +398,9 @@ def test_vae_loss_is_the_negative_evidence_lower_bound():
 # ------------------------------------------------------------------------------------------------------- options
 
 
-@pytest.mark.parametrize("field", [f for f in fields(models.ScholarOptions) if f.metadata], ids=lambda field: field.name)
+@pytest.mark.parametrize(
+    "field", [f for f in fields(models.ScholarOptions) if f.metadata], ids=lambda field: field.name
+)
 def test_every_option_of_a_scholar_is_read_with_its_default_and_limits(field, capsys):
     parser, flag = main.make_parser(), utils.flag(field.name)
     assert parser.get_default(field.name) == getattr(models.ScholarOptions(), field.name)

@@ -385,7 +385,7 @@ def test_tasks_that_a_kept_scholar_has_learned_are_measured_and_not_learned_agai
         (["--tasks", "svhn"], ["has learned grey images, and these have colour"]),
         (["--tasks", "own.npz", "--solver-channel-size=32"], ["--solver-channel-size 16, not 32"]),
         (["--tasks", "own.npz", "--continue-from=gone"], ["no scholar at gone"]),
-        (["--experiment=mnist-chain"], ["every scholar of mnist-chain starts from scratch"]),
+        (["--experiment=mnist-chain"], ["--continue-from", "--experiment=mnist-chain"]),
     ],
 )
 def test_what_a_kept_scholar_cannot_go_on_with_is_one_line(copy_of_alone, small_mnist, flags, words):

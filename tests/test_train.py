@@ -100,7 +100,7 @@ def test_out_of_memory_in_a_test_halves_the_block_and_goes_on(small_mnist, monke
     monkeypatch.setattr(dgr.Solver, "answer", answer)
     training, _ = learn(small_mnist, replay_mode="none")
     assert training.matrix == whole.matrix and training.images_at_once == 16
-    assert [n for n in blocks if n > 16] == [20, 20]  # 64 at once, then 32; remembered from then on
+    assert [n for n in blocks if n > 16] == [64, 32]  # on whole tests; remembered from then on
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("no such kernel")])
