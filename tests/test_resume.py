@@ -413,7 +413,7 @@ def test_losses_of_any_name_and_infinite_buffers_are_kept(own, tmp_path, monkeyp
     run_here([*own, "--resume"])
     run = Run.read(tmp_path / "results" / f"{NAME}-own")
     assert len(run.curves["generator", 'a, "b"']) == len(run.curves["generator", "precision-of-all"]) == 4
-    visual.LivePlots(run, "localhost", 1).close()
+    visual.LivePlots(run, visual.VisdomOptions(visdom_port=1)).close()
 
 
 def test_state_that_could_not_be_read_again_is_refused_at_once(own, monkeypatch):
