@@ -278,7 +278,7 @@ def _download(data_set: DataSet, directory: Path, missing: list[str]) -> None:
 
 @dataclass
 class Library:
-    """Data sets on one device, read from `data_dir` and downloaded into it if they are missing.
+    """Data sets on one device, read from `data_dir` and, with `download`, downloaded into it if they are missing.
 
     `checksums` collects the md5 of every file used, and `unverified` the names of those that are not official.
     """
@@ -288,6 +288,7 @@ class Library:
     accept_unverified: bool = False
     checksums: dict[str, str] = field(default_factory=dict)
     unverified: list[str] = field(default_factory=list)
+    download: bool = True
 
     def load(self, name: str) -> tuple[Split, Split]:
         """The training and the test split of a data set, 32x32, with the channels they come with."""
@@ -310,8 +311,10 @@ class Library:
     def _provide(self, name: str, data_set: DataSet, directory: Path) -> None:
         """Make sure that every file is there, and is official or accepted by the user."""
         try:
-            directory.mkdir(parents=True, exist_ok=True)
             if missing := [file for file in data_set.md5 if not (directory / file).exists()]:
+                if not self.download:
+                    raise UserError(f"{directory} has no {', '.join(missing)}; see --data-dir")
+                directory.mkdir(parents=True, exist_ok=True)
                 _download(data_set, directory, missing)
             for file, official in data_set.md5.items():
                 found = self.checksums[f"{name}/{file}"] = checksum(directory / file)

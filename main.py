@@ -16,6 +16,7 @@ import re
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,7 @@ def train_scholar(options: Options, tasks: list[data.Task], library: data.Librar
     dtype = models.choose_dtype(options.dtype, device)
     config = describe_run(options, tasks, library, dtype)
     start = read_state(paths, config) if options.resume else None
+    classifier = models.load_classifier(tasks, options.data_dir) if options.measures_generator else None
     if start is None:
         paths.rename_earlier()
     files = utils.RunFiles(paths.results, config, start and start["files"])
@@ -246,7 +248,7 @@ def train_scholar(options: Options, tasks: list[data.Task], library: data.Librar
 
     def save_scholar(scholar: dgr.Scholar) -> None:
         about = {"generator_trained": options.trains_generator, "options": config["options"], **shape}
-        utils.save_checkpoint(paths.scholar, scholar=scholar.state_dict(), **about)
+        utils.save_checkpoint(paths.scholar, scholar=scholar.state_dict(), task=training.task, **about)
 
     def save_state() -> None:
         content = {"training": training.state_dict(), "files": files.state_dict()}
@@ -261,9 +263,10 @@ def train_scholar(options: Options, tasks: list[data.Task], library: data.Librar
                 options,
                 images_at_once=models.images_at_once(device),
                 observers=observers,
-                sample=lambda scholar: sample_grid(scholar.generator, options.sample_size, options.seed),
+                sample=lambda scholar: models.sample_grid(scholar.generator, options.sample_size, options.seed),
                 save_scholar=save_scholar,
                 save_state=save_state,
+                classifier=classifier,
                 stop_requested=stop_requested,
             )
             if start is not None:
@@ -278,6 +281,7 @@ def train_scholar(options: Options, tasks: list[data.Task], library: data.Librar
             precision=matrix,
             average_precision=train.average_precision(matrix),
             forgetting=train.forgetting(matrix),
+            **({"generator": training.measures} if classifier else {}),
         )
     finally:
         for observer in observers:
@@ -330,17 +334,6 @@ def read_state(paths: RunPaths, config: dict[str, Any]) -> dict[str, Any] | None
     return state
 
 
-def sample_grid(generator: dgr.Generator, n: int, seed: int) -> torch.Tensor:
-    """Images (n, channels, 32, 32) from the same noise every time, on every machine and device.
-
-    They have a random stream of their own, so looking does not change what is learned.
-    """
-    device = next(generator.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)  # of all devices, for generators that draw more than z
-        return generator.sample(n, torch.randn(n, generator.z_size).to(device))
-
-
 def describe_run(options: Options, tasks: list[data.Task], library: data.Library, dtype: Any) -> dict[str, Any]:
     """What it takes to repeat a run: the content of its config.json."""
     versions = {module.__name__: str(module.__version__) for module in (torch, torchvision, np)}
@@ -370,7 +363,7 @@ def print_summary(options: Options, tasks: list[data.Task], summary: dict[str, A
 
 
 def run_test(options: Options) -> None:
-    """--test: draw samples."""
+    """--test: draw samples, and measure the generator if its data are there."""
     path = options.paths.scholar
     checkpoint = utils.load_checkpoint(path)
     if changes := utils.differences(checkpoint["options"], plain(options), NETWORKS):
@@ -378,22 +371,28 @@ def run_test(options: Options) -> None:
     if not checkpoint["generator_trained"]:
         raise UserError(f"{path}: the generator was never trained: {options.replay_mode} needs --sample-log for that")
     device = models.choose_device(gpus=not options.no_gpus)
-    dtype = models.choose_dtype(options.dtype, device)
-    scholar = models.make_scholar(checkpoint["image_channels"], checkpoint["classes"], options, compute_dtype=dtype)
+    shape, dtype = (checkpoint["image_channels"], checkpoint["classes"]), models.choose_dtype(options.dtype, device)
+    new_scholar = partial(models.make_scholar, *shape, options, compute_dtype=dtype)
+    scholar = new_scholar()
     with utils.reading(path, f"{path} does not fit the flags"):
         scholar.load_state_dict(checkpoint["scholar"])
     scholar.to(device)
-    visual.save_samples(sample_grid(scholar.generator, options.sample_size, options.seed), options.paths.drawn)
+    visual.save_samples(models.sample_grid(scholar.generator, options.sample_size, options.seed), options.paths.drawn)
     print(f"samples: {options.paths.drawn}")
+    try:
+        library = data.Library(options.data_dir, device, options.unverified_data, download=False)
+        tasks = data.make_tasks(library, options)
+        classifier, learned = models.load_classifier(tasks, options.data_dir), tasks[: checkpoint.get("task")]
+        measures = train.measure_generator(scholar, learned, classifier, new_scholar, options)
+        print("\n".join(f"{name}: {np.round(value, 4)}" for name, value in measures.items()))
+    except UserError as error:
+        print(f"no measures of the generator: {error}")
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(sys.argv[1:] if arguments is None else arguments)
     check_machine(options)
-    if options.train:
-        run_training(options)
-    else:
-        run_test(options)
+    (run_training if options.train else run_test)(options)
 
 
 if __name__ == "__main__":

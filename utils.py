@@ -412,8 +412,8 @@ class Observer:
 
     Tasks and iterations count from 1; a phase is "generator" or "solver". begin: a phase begins, with `done` of its
     iterations done before. step: an iteration is done. scalars: losses, or the precision on each task so far (in phase
-    "test" on whole test sets). images: what the generator draws now, (n, channels, height, width) float in [0, 1]. end:
-    the phase is done. close: the run is over, for better or worse.
+    "test" on whole test sets, or measures of the generator). images: what the generator draws now, (n, channels,
+    height, width) float in [0, 1]. end: the phase is done. close: the run is over, for better or worse.
     """
 
     image_interval: int | None = None  # generator iterations between calls of `images`; None: never

@@ -314,7 +314,7 @@ class TensorBoard(Observer):
         at = (task - 1) * self._run.lengths["solver" if phase == "test" else phase] + iteration
         for name, value in values.items():
             self._try(lambda: self._writer.add_scalar(f"{phase}/{name}", value, at))  # noqa: B023
-        if phase == "test" and task == len(self._run.tasks):
+        if phase == "test" and task == len(self._run.tasks) and all(map(PRECISION.fullmatch, values)):
             self._try(lambda: self._writer.add_scalar("average-precision", sum(values.values()) / len(values), at))
 
     def images(self, task: int, iteration: int, images: Tensor) -> None:
