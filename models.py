@@ -516,7 +516,7 @@ def classifier_network(image_channels: int, size: int, classes: int) -> Network:
     """From images (n, image_channels, size, size) to class scores; its last layer sees 128 features of each."""
     layers: list[nn.Module] = []
     channels = image_channels
-    for width in (32, 64, 128):
+    for width in (16, 32, 64):
         convolution = Convolution(channels, width, 4, stride=2, padding=1, bias=False)
         layers += [convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
         channels = width

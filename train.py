@@ -407,14 +407,19 @@ def precision_and_recall(real: Tensor, drawn: Tensor, k: int = 3, block: int = 1
 
 
 def fitting_capacity(
-    solver: dgr.Solver, replay: dgr.ReplayMode, tests: Sequence[Split], options: TrainingOptions, images_at_once: int
+    solver: dgr.Solver, pairs: dgr.Pairs, tests: Sequence[Split], options: TrainingOptions, images_at_once: int
 ) -> float:
-    """The mean precision on tests of a solver that learns replayed pairs alone.
+    """The mean precision on tests of a solver that learns replayed pairs alone, drawn from these with replacement.
 
     The name is from Lesort et al. 2019 (arXiv 1806.10840).
     """
-    settings = {"batch_size": options.batch_size, "temperature": options.temperature}
-    iterations = options.solver_iterations
-    for iteration, _ in enumerate(dgr.learn_solver(solver, replay, None, r=1.0, iterations=iterations, **settings), 1):
-        set_learning_rates(solver, options.lr_schedule, iteration / iterations)
+
+    def sample(n: int) -> dgr.Pairs:
+        rows = torch.randint(len(pairs[0]), (n,), device=pairs[0].device)
+        return pairs[0][rows], pairs[1][rows]
+
+    iterations, size = options.solver_iterations, options.batch_size
+    settings = {"r": 1.0, "iterations": iterations, "batch_size": size, "temperature": options.temperature}
+    for done, _ in enumerate(dgr.learn_solver(solver, SimpleNamespace(sample=sample), None, **settings), start=1):
+        set_learning_rates(solver, options.lr_schedule, done / iterations)
     return sum(precision(solver.remember(), test, images_at_once) for test in tests) / len(tests)
