@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -353,7 +354,7 @@ def measure_generator(
         if drawn.shape != real.shape:
             raise UserError(f"images of the data are {tuple(real.shape[1:])}, the generator's {tuple(drawn.shape[1:])}")
         solver = new_scholar().solver.to(real.device)
-        capacity = fitting_capacity(solver, replay, tests, options, images_at_once)
+        capacity = fitting_capacity(solver, (drawn, answers), tests, options, images_at_once)
     (seen, classes), (seen_drawn, classes_drawn) = (features(classifier, x, images_at_once) for x in (real, drawn))
     among_real, among_drawn = precision_and_recall(seen, seen_drawn)
     answers = answers.argmax(dim=1) if answers.is_floating_point() else answers

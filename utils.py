@@ -549,6 +549,11 @@ class Run:
         values = {x: [curve[x] for curve in curves if x in curve] for x in sorted(set().union(*curves))}
         return {x: sum(ys) / len(ys) for x, ys in values.items()}
 
+    def generator_measure(self, name: str) -> Curve:
+        """A measure of the generator over tasks, from --measure-generator; empty if there is none."""
+        measured = enumerate((self.summary or {}).get("generator", []), start=1)
+        return {task: measures[name] for task, measures in measured if measures}
+
     def kept_samples(self) -> dict[tuple[int, int], Path]:
         """The pictures of --sample-log by task and iteration, in order."""
         renamed = re.search(r"(~\d+)?$", self.directory.name)[0]  # with the rest of the run, when a later one began

@@ -466,6 +466,25 @@ def samples_figure(settings: Sequence[Setting]) -> Figure | None:
     return figure
 
 
+def generator_figure(settings: Sequence[Setting]) -> Figure | None:
+    """What the generator knows after each task, where all seeds of a setting measured it (--measure-generator)."""
+    settings = [
+        setting for setting in settings if all(run.generator_measure("frechet_distance") for run in setting.shown)
+    ]
+    if not settings:
+        return None
+    names = ("frechet_distance", "generator_precision", "generator_recall", "fitting_capacity")
+    figure, all_axes = panels(len(names), settings)
+    for axes, name in zip(all_axes, names, strict=True):
+        for setting, style in zip(settings, setting_styles(settings), strict=True):
+            draw_band(axes, setting.curve(lambda run, name=name: run.generator_measure(name)), marker=".", **style)
+        axes.set(title=name.replace("_", " ").capitalize().replace("Fre", "Fré"), xlabel="after task")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_ylim(0, None if name == names[0] else 1.01)
+    legend_below(figure, all_axes)
+    return figure
+
+
 FRAMES = 30  # of an animation, at most
 
 
@@ -495,6 +514,7 @@ FIGURES: dict[str, Callable[[Sequence[Setting]], Figure | None]] = {
     "average": average_figure,
     "matrix": matrix_figure,
     "samples": samples_figure,
+    "generator": generator_figure,
 }
 
 
