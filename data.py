@@ -306,7 +306,7 @@ def _download(data_set: DataSet, directory: Path, missing: list[str]) -> None:
 
 @dataclass
 class Library:
-    """Data sets on one device, read from `data_dir` and downloaded into it if they are missing.
+    """Data sets on one device, read from `data_dir` and, with `download`, downloaded into it if they are missing.
 
     `checksums` collects the md5 of everything used, `unverified` the names of files that are not official, and `notes`
     what was made of the images of each data set and path.
@@ -319,6 +319,7 @@ class Library:
     checksums: dict[str, str] = field(default_factory=dict)
     unverified: list[str] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
+    download: bool = True
 
     def load(self, name: str) -> tuple[Split, Split]:
         """The training and the test split of a data set, 32x32, with the channels they come with."""
@@ -348,6 +349,8 @@ class Library:
         try:
             whole = [place for place in [*places, self.data_dir] if all(_find(place, file) for file in data_set.md5)]
             if not whole and (missing := [file for file in data_set.md5 if not _find(places[0], file)]):
+                if not self.download:
+                    raise UserError(f"{places[0]} has no {', '.join(missing)}; see --data-dir")
                 places[0].mkdir(parents=True, exist_ok=True)
                 _download(data_set, places[0], missing)
             sums = {place: _checksums(place, data_set) for place in whole or places[:1]}

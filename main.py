@@ -14,9 +14,11 @@ import os
 import re
 import sys
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import data
@@ -170,6 +172,8 @@ def parse(arguments: list[str]) -> Options:
         if os.path.realpath(getattr(options, directory)) == os.path.realpath(getattr(options, other)):
             parser.error(f"argument {flag(other)}: a run has files of the same name in {flag(directory)}: use another")
     options = Options(**vars(options))
+    if options.heads == "task" and (options.on or options.measure_generator):
+        parser.error(f"argument --heads: task does not go with {'--on' if options.on else '--measure-generator'}")
     if options.on and not options.test:
         parser.error("argument --on: it needs --test")
     alone = {"heads": "task", "generator_conditional": True, "penalty": "ewc", "replay_mode": "joint", "chain": True}
@@ -276,6 +280,7 @@ def train_scholar(options: Options, tasks: list[data.Task], library: data.Librar
     config["data"] = {"checksums": library.checksums, "unverified": library.unverified}
     config["data"] |= {"scholar": data.checksum(options.continue_from)} if kept else {}
     start = read_state(paths, config, options.deciding) if options.resume else None
+    classifier = models.load_classifier(tasks, options.data_dir) if options.measures_generator else None
     if start is None:
         paths.rename_earlier()
     files = utils.RunFiles(paths.results, config, start and start["files"])
@@ -290,6 +295,7 @@ def train_scholar(options: Options, tasks: list[data.Task], library: data.Librar
     def save_scholar(scholar: dgr.Scholar) -> None:
         about = {"generator_trained": options.trains_generator, "options": config["options"], **shape}
         about["learned"] = [*(before.earlier if before else []), *map(data.mark, tasks[: training.task])]
+        about["task"] = training.task
         utils.save_checkpoint(paths.scholar, scholar=scholar.state_dict(), **about)
         if options.keep_scholars:
             utils.save_checkpoint(paths.scholar_after(training.task), scholar=scholar.state_dict(), **about)
@@ -310,6 +316,7 @@ def train_scholar(options: Options, tasks: list[data.Task], library: data.Librar
                 sample=lambda scholar: models.sample_grid(scholar.generator, options.sample_size, options.seed),
                 save_scholar=save_scholar,
                 save_state=save_state,
+                classifier=classifier,
                 stop_requested=stop_requested,
                 before=before,
             )
@@ -383,7 +390,7 @@ def read_state(paths: RunPaths, config: dict[str, Any], deciding: list[str]) -> 
 
 
 def run_test(options: Options) -> None:
-    """--test: draw samples, or with --on measure the scholar on other images and write its answers."""
+    """--test: draw samples and measure the generator; with --on, measure the solver on other images instead."""
     path = options.paths.scholar
     options.paths.need(path)
     device = models.choose_device(gpus=not options.no_gpus)
@@ -405,6 +412,16 @@ def run_test(options: Options) -> None:
     images = models.sample_grid(scholar.generator, options.sample_size, options.seed)
     visual.save_samples(images, options.paths.drawn)
     print(f"samples: {options.paths.drawn}")
+    try:
+        library = data.Library(options.data_dir, device, options.unverified_data, download=False)
+        tasks = data.make_tasks(library, options)
+        classifier, learned = models.load_classifier(tasks, options.data_dir), tasks[: checkpoint.get("task")]
+        shape = {key: checkpoint[key] for key in ("image_channels", "classes")}
+        new_scholar = partial(models.make_scholar, **shape, options=options, compute_dtype=dtype)
+        measures = train.measure_generator(scholar, learned, classifier, new_scholar, options)
+        print("\n".join(f"{name}: {np.round(value, 4)}" for name, value in measures.items()))
+    except UserError as error:
+        print(f"no measures of the generator: {error}")
 
 
 def main(arguments: list[str] | None = None) -> None:

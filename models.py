@@ -7,6 +7,7 @@ write a class like these and add a line to `GENERATORS` or `SOLVERS`; its option
 import argparse
 import copy
 import gc
+import hashlib
 import importlib
 import math
 import os
@@ -14,7 +15,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import dgr
 import gan
 import utils
-from utils import UserError, option, reason
+from data import Split, Task
+from utils import UserError, load_checkpoint, option, reading, reason, save_checkpoint, warn
 
 HEADS = ("one", "task")
 DTYPES = (
@@ -727,3 +729,68 @@ class Captured:
             return values
 
         return replay
+
+
+# ------------------------------------------------------------- the classifier whose features measure generators
+
+CLASSIFIER_VERSION = 1  # of network and recipe: with another number, kept classifiers are left alone and made anew
+
+
+def classifier_network(image_channels: int, size: int, classes: int) -> Network:
+    """From images (n, image_channels, size, size) to class scores; its last layer sees 128 features of each."""
+    layers: list[nn.Module] = []
+    channels = image_channels
+    for width in (16, 32, 64):
+        convolution = Convolution(channels, width, 4, stride=2, padding=1, bias=False)
+        layers += [convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        channels = width
+    features = nn.Linear(channels * (size // 8) ** 2, 128)
+    return Network(*layers, nn.Flatten(), features, nn.ReLU(inplace=True), nn.Linear(128, classes))
+
+
+def learn_classifier(network: nn.Module, splits: Sequence[Split]) -> None:
+    """Adam for two passes, in batches of about 128, with as many images of each split."""
+    steps = max(100, 2 * sum(map(len, splits)) // 128)
+    adam = torch.optim.Adam(network.parameters())
+    rates = torch.optim.lr_scheduler.OneCycleLR(adam, max_lr=3e-3, total_steps=steps)
+    for _ in range(steps):
+        pairs = [split.sample(-(-128 // len(splits))) for split in splits]
+        x, y = map(torch.cat, zip(*pairs, strict=True))
+        step(adam, F.cross_entropy(network(x), y))
+        rates.step()
+
+
+def load_classifier(tasks: Sequence[Task], data_dir: Path) -> Network:
+    """A classifier of the tasks' training images, all tasks together, in evaluation mode.
+
+    It is trained once, from random numbers of its own, and kept in data_dir/classifiers under the checksum of what it
+    has learned. A damaged file is made again; where nothing can be written, the classifier is in memory alone.
+    """
+    splits = list({id(task.train): task.train for task in tasks}.values())  # in a chain, all are the same
+    content = hashlib.md5()
+    for split in splits:
+        for part in (split.images, split.labels, split.permutation):
+            content.update(repr(part is None or part.shape).encode())
+            content.update(b"" if part is None else part.cpu().contiguous().numpy())
+    images, classes = splits[0].images, 1 + max(int(split.labels.max()) for split in splits)
+    path = data_dir / "classifiers" / f"v{CLASSIFIER_VERSION}-{content.hexdigest()}"
+    devices = [images.device] if images.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        network = classifier_network(images.shape[1], images.shape[-1], classes).to(images.device)
+        if path.exists():
+            try:
+                with reading(path, "it does not fit the network"):
+                    network.load_state_dict(load_checkpoint(path)["network"])
+                return network.frozen()
+            except UserError:
+                warn(f"{path} is damaged: it is made again")
+        print(f"training the classifier that generators are measured with, once: {path}", file=sys.stderr)
+        learn_classifier(network, splits)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")  # another run may make the same one now
+    try:
+        save_checkpoint(unfinished, network=network.state_dict())
+        os.replace(unfinished, path)
+    except OSError as error:
+        warn(f"{path} can't be written ({reason(error)}): each run trains this classifier for itself")
+    return network.frozen()

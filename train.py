@@ -10,10 +10,11 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import dgr
 from data import Split, Task, mark
@@ -73,6 +74,8 @@ class TrainingOptions:
     image_log_interval: int = option(100, "generator iterations between the newest grids", None, low=1)
     eval_log_interval: int = option(50, "solver iterations between measurements of precision", None, low=1)
     loss_log_interval: int = option(30, "iterations between logged losses", None, low=1)
+    measure_generator: bool = option(False, "measure the generator after each task, where one is trained", None)
+    measured_images: int = option(10_000, "replayed images, and as many real ones, that measure it", None, low=100)
     checkpoint_interval: float = option(300.0, "seconds between saves of the state, besides after phases", None, low=0)
     chain: bool = False  # see `data.Experiment`
     heads: str = "one"  # see `models.ScholarOptions`
@@ -85,6 +88,10 @@ class TrainingOptions:
     def trains_generator(self) -> bool:
         mode = dgr.REPLAY_MODES[self.replay_mode]
         return self.sample_log or (mode is not None and mode.needs_generator)
+
+    @property
+    def measures_generator(self) -> bool:
+        return self.measure_generator and self.trains_generator
 
 
 def answers(
@@ -117,6 +124,7 @@ def precision(solver: dgr.Solver, split: Split, images_at_once: int, **which: An
     return int((answers(solver, split, images_at_once, **which) == split.labels).sum()) / len(split)
 
 
+Measures = dict[str, float | list[float]]  # of a generator, by name; see `measure_generator`
 Matrix = list[list[float | None]]  # row i, column j: precision on task j after task i; None where it was not measured
 
 
@@ -176,6 +184,7 @@ class Training:
     sample: draws images that show what the generator knows, without touching training's random stream.
     save_scholar: saves the scholar after a task.
     save_state: called after each phase and at the checkpoint interval, when `state_dict` is worth saving.
+    classifier: measures the generator after each task, if it is given (see `measure_generator`).
     stop_requested: the number of the signal that wants training to stop, or 0; training then saves its state and raises
         `UserError`.
     before: what the new scholar, which starts from the same weights, continues from.
@@ -192,6 +201,7 @@ class Training:
         sample: Callable[[dgr.Scholar], Tensor],
         save_scholar: Callable[[dgr.Scholar], None],
         save_state: Callable[[], None] = lambda: None,
+        classifier: nn.Sequential | None = None,
         stop_requested: Callable[[], int] = lambda: 0,
         before: Before | None = None,
     ):
@@ -199,6 +209,7 @@ class Training:
         self.images_at_once = images_at_once
         self.observers, self.sample = observers, sample
         self.save_scholar, self._save_state, self.stop_requested = save_scholar, save_state, stop_requested
+        self.classifier = classifier
         self.scholar = new_scholar()
         self.replay: dgr.ReplayMode | None = None
         self.before = before
@@ -207,6 +218,7 @@ class Training:
         self.matrix: Matrix = []
         self.task_incremental: Matrix = []  # the same, with each task's own classes as the only answers
         self.ahead: dict[str, list[float | None]] = {"before": [None], "untrained": [None] * len(tasks)}  # for transfer
+        self.of_generator: list[Measures | None] = []  # measures of the generator after each task
         penalty = dgr.PENALTIES[options.penalty]
         self.penalty = penalty and penalty(options.penalty_weight).to(next(self.scholar.parameters()).device)
 
@@ -220,6 +232,7 @@ class Training:
             "forward_transfer": forward_transfer(self.ahead["before"], self.ahead["untrained"]),
             "incremental_average": incremental_average(self.matrix),
             "task_incremental": self.task_incremental,
+            **({"generator": self.of_generator} if self.classifier is not None else {}),
         }
 
     def run(self) -> dict[str, Any]:
@@ -279,6 +292,7 @@ class Training:
                 self._report("solver", iteration, self._precisions(subsets))
 
         self._measure(self.task)
+        self.of_generator.append(self._measure_generator() if self.classifier is not None else None)
         if self.penalty is not None and self.task < len(self.tasks):
             self.penalty.remember(self.scholar.solver, current)
         self.save_scholar(self.scholar)
@@ -333,15 +347,23 @@ class Training:
                     self.images_at_once //= 2
         return values
 
+    def _measure_generator(self) -> Measures:
+        learned, at_once = self.tasks[: self.task], self.images_at_once
+        measures = measure_generator(self.scholar, learned, self.classifier, self.new_scholar, self.options, at_once)
+        scalars = {name: value for name, value in measures.items() if isinstance(value, float)}
+        self._report("test", self.options.solver_iterations, scalars)
+        return measures
+
     def _watched(self, phase: str, learning: Iterator[dict[str, Tensor]], iterations: int) -> Iterator[int]:
         """Learn, and yield the number of each iteration done. Losses leave the device only when they are reported."""
         if self.done[phase] == iterations:
             return
         for observer in self.observers:
             observer.begin(phase, self.task, iterations, self.done[phase])
-        self._set_learning_rates(phase, self.done[phase] / iterations)
+        network, schedule = getattr(self.scholar, phase), self.options.lr_schedule
+        set_learning_rates(network, schedule, self.done[phase] / iterations)
         for iteration, losses in enumerate(learning, start=self.done[phase] + 1):
-            self._set_learning_rates(phase, iteration / iterations)
+            set_learning_rates(network, schedule, iteration / iterations)
             for observer in self.observers:
                 observer.step(iteration)
             if at_interval(iteration, self.options.loss_log_interval, iterations):
@@ -360,19 +382,6 @@ class Training:
                 self.save_state(phase)
         for observer in self.observers:
             observer.end(phase, self.task)
-
-    def _set_learning_rates(self, phase: str, done: float) -> None:
-        """Set the rates of the next iteration, after this share of the phase is done."""
-        if self.options.lr_schedule == "linear":
-            for optimiser in optimisers(getattr(self.scholar, phase)).values():
-                for group in getattr(optimiser, "param_groups", ()):
-                    if "initial_lr" not in group:  # to read it from a GPU is to wait
-                        group["initial_lr"] = float(group["lr"])
-                    rate = group["initial_lr"] * (1 - done)
-                    if isinstance(group["lr"], Tensor):  # which a CUDA graph reads
-                        group["lr"].fill_(rate)
-                    else:
-                        group["lr"] = rate
 
     def _show_samples(self, iteration: int, iterations: int) -> None:
         """Draw samples if an observer wants them now."""
@@ -421,7 +430,7 @@ class Training:
         return {
             "task": self.task,
             "done": dict(self.done),
-            "measured": {"matrix": self.matrix, "task_incremental": self.task_incremental, "ahead": self.ahead},
+            "measured": {key: getattr(self, key) for key in ("matrix", "task_incremental", "ahead", "of_generator")},
             "penalty": None if self.penalty is None else self.penalty.state_dict(),
             "scholar": self.scholar.state_dict(),
             "optimisers": {name: optimiser.state_dict() for name, optimiser in optimisers(self.scholar).items()},
@@ -473,6 +482,20 @@ def at_interval(iteration: int, interval: int | None, last: int) -> bool:
     return interval is not None and (iteration % interval == 0 or iteration == last)
 
 
+def set_learning_rates(network: nn.Module, schedule: str, done: float) -> None:
+    """Set the rates of the next iteration, after this share of a phase is done."""
+    if schedule == "linear":
+        for optimiser in optimisers(network).values():
+            for group in getattr(optimiser, "param_groups", ()):
+                if "initial_lr" not in group:  # to read it from a GPU is to wait
+                    group["initial_lr"] = float(group["lr"])
+                rate = group["initial_lr"] * (1 - done)
+                if isinstance(group["lr"], Tensor):  # which a CUDA graph reads
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
+
+
 def optimisers(scholar: dgr.Scholar) -> dict[str, Any]:
     """The optimisers and schedulers that parts of a scholar hold as attributes, by their full names."""
     return {
@@ -481,3 +504,107 @@ def optimisers(scholar: dgr.Scholar) -> dict[str, Any]:
         for attribute, value in vars(module).items()
         if isinstance(value, torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler)
     }
+
+
+# ------------------------------------------------------------------------------------------ measures of a generator
+
+
+def measure_generator(
+    scholar: dgr.Scholar,
+    tasks: Sequence[Task],
+    classifier: nn.Sequential,
+    new_scholar: Callable[[], dgr.Scholar],
+    options: TrainingOptions,
+    images_at_once: int = 64,
+) -> Measures:
+    """How good the pairs (x', y') are that a scholar of these tasks would replay, beside their test images.
+
+    docs/running.md defines the measures. They have a random stream of their own and leave the scholar as it is.
+    classifier: from images to class scores; what its last layer sees are the features (n, d).
+    """
+    if options.heads == "task":
+        raise UserError("with --heads=task, a replayed image has a label for each task")
+    tests = [task.test for task in (tasks[-1:] if options.chain else tasks)]
+    tests = [test.subset(max(1, options.measured_images // len(tests))) for test in tests]
+    real, labels = map(torch.cat, zip(*(test.batch(slice(None)) for test in tests), strict=True))
+    kinds = dgr.GenerativeReplay.target_kinds
+    targets = options.targets if options.replay_targets in kinds else dgr.Targets(kinds[0])
+    with torch.random.fork_rng([real.device] if real.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        replay = dgr.GenerativeReplay(scholar, [], targets)
+        replay.block = images_at_once
+        pairs = [replay.sample(len(part)) for part in labels.split(images_at_once)]
+        drawn, answers = map(torch.cat, zip(*pairs, strict=True))
+        if drawn.shape != real.shape:
+            raise UserError(f"images of the data are {tuple(real.shape[1:])}, the generator's {tuple(drawn.shape[1:])}")
+        solver = new_scholar().solver.to(real.device)
+        capacity = fitting_capacity(solver, (drawn, answers), tests, options, images_at_once)
+    (seen, classes), (seen_drawn, classes_drawn) = (features(classifier, x, images_at_once) for x in (real, drawn))
+    among_real, among_drawn = precision_and_recall(seen, seen_drawn)
+    answers = answers.argmax(dim=1) if answers.is_floating_point() else answers
+    shares = torch.bincount(classes_drawn, minlength=classifier[-1].out_features) / len(drawn)
+    return {
+        "frechet_distance": frechet_distance(seen, seen_drawn),
+        "generator_precision": among_real,
+        "generator_recall": among_drawn,
+        "fitting_capacity": capacity,
+        "label_agreement": (answers == classes_drawn).double().mean().item(),
+        "classifier_precision": (classes == labels).double().mean().item(),
+        "class_share": shares.tolist(),
+    }
+
+
+def features(classifier: nn.Sequential, x: Tensor, images_at_once: int) -> tuple[Tensor, Tensor]:
+    """What the last layer sees of images, (n, d) in float64, and their classes (n,) int64."""
+    with dgr.evaluating(classifier):
+        seen = torch.cat([classifier[:-1](part) for part in x.split(images_at_once)])
+        return seen.double(), classifier[-1](seen).argmax(dim=1)
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) for points (n, d) and (m, d) with means m and covariances C.
+
+    It is the square of the distance between two Gaussians (Heusel et al. 2017, arXiv 1706.08500).
+    """
+    # With C = R^T R, the last trace is the sum of the singular values of R_a R_b^T: exact for singular C, too.
+    r_a, r_b = (torch.linalg.qr((x - x.mean(dim=0)) / max(1, len(x) - 1) ** 0.5).R for x in (a, b))
+    common = torch.linalg.svdvals(r_a @ r_b.T).sum()
+    distance = (a.mean(dim=0) - b.mean(dim=0)).square().sum() + r_a.square().sum() + r_b.square().sum() - 2 * common
+    return distance.clamp(min=0).item()
+
+
+def precision_and_recall(real: Tensor, drawn: Tensor, k: int = 3, block: int = 1000) -> tuple[float, float]:
+    """The share of drawn points (n, d) among the real ones (m, d), and of real points among the drawn ones.
+
+    A point is among others if it is no farther from one of them than that one's k-th nearest neighbour
+    (Kynkäänniemi et al. 2019, arXiv 1904.06991). Distances are computed for `block` points at once.
+    """
+    # Rounding puts copies of a point a little apart; without slack, one would not be among the others.
+    slack = 1e-5 * torch.cat([real, drawn]).norm(dim=1).max()
+
+    def share(points: Tensor, others: Tensor) -> float:
+        near = [torch.cdist(part, others).topk(min(k + 1, len(others)), largest=False) for part in others.split(block)]
+        reach = slack + torch.cat([found.values[:, -1] for found in near])  # of the k + 1, one is the point itself
+        among = [(torch.cdist(part, others) <= reach).any(dim=1) for part in points.split(block)]
+        return torch.cat(among).double().mean().item()
+
+    return share(drawn, real), share(real, drawn)
+
+
+def fitting_capacity(
+    solver: dgr.Solver, pairs: dgr.Pairs, tests: Sequence[Split], options: TrainingOptions, images_at_once: int
+) -> float:
+    """The mean precision on tests of a solver that learns replayed pairs alone, drawn from these with replacement.
+
+    The name is from Lesort et al. 2019 (arXiv 1806.10840).
+    """
+
+    def sample(n: int) -> dgr.Pairs:
+        rows = torch.randint(len(pairs[0]), (n,), device=pairs[0].device)
+        return pairs[0][rows], pairs[1][rows]
+
+    iterations, size = options.solver_iterations, options.batch_size
+    settings = {"r": 1.0, "iterations": iterations, "batch_size": size, "temperature": options.temperature}
+    for done, _ in enumerate(dgr.learn_solver(solver, SimpleNamespace(sample=sample), None, **settings), start=1):
+        set_learning_rates(solver, options.lr_schedule, done / iterations)
+    return sum(precision(solver.remember(), test, images_at_once) for test in tests) / len(tests)

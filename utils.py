@@ -563,8 +563,8 @@ class Observer:
 
     Tasks and iterations count from 1; a phase is "generator" or "solver". begin: a phase begins, with `done` of its
     iterations done before. step: an iteration is done. scalars: losses, or the precision on each task so far (in phase
-    "test" on whole test sets). images: what the generator draws now, (n, channels, height, width) float in [0, 1]. end:
-    the phase is done. close: the run is over, for better or worse.
+    "test" on whole test sets, or measures of the generator). images: what the generator draws now, (n, channels,
+    height, width) float in [0, 1]. end: the phase is done. close: the run is over, for better or worse.
     """
 
     image_interval: int | None = None  # generator iterations between calls of `images`; None: never
@@ -716,6 +716,11 @@ class Run:
             self.rows, key=lambda row: (*list(row.values())[:3], bool(PRECISION.fullmatch(row["name"])))
         ):
             observer.scalars(phase, int(task), int(iteration), {row["name"]: float(row["value"]) for row in rows})
+
+    def generator_measure(self, name: str) -> Curve:
+        """A measure of the generator over tasks, from --measure-generator; empty if there is none."""
+        measured = enumerate((self.summary or {}).get("generator", []), start=1)
+        return {task: measures[name] for task, measures in measured if measures}
 
     def kept_samples(self) -> dict[tuple[int, int], Path]:
         """The pictures of --sample-log by task and iteration, in order."""

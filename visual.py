@@ -337,7 +337,7 @@ class TensorBoard(Observer):
         at = (task - 1) * self._run.lengths["solver" if phase == "test" else phase] + iteration
         for name, value in values.items():
             self._try(lambda: self._writer.add_scalar(f"{phase}/{name}", value, at))  # noqa: B023
-        if phase == "test" and task == len(self._run.tasks):
+        if phase == "test" and task == len(self._run.tasks) and all(map(PRECISION.fullmatch, values)):
             self._try(lambda: self._writer.add_scalar("average-precision", sum(values.values()) / len(values), at))
 
     def images(self, task: int, iteration: int, images: Tensor) -> None:
@@ -491,6 +491,25 @@ def samples_figure(settings: Sequence[Setting]) -> Figure | None:
     return figure
 
 
+def generator_figure(settings: Sequence[Setting]) -> Figure | None:
+    """What the generator knows after each task, where all seeds of a setting measured it (--measure-generator)."""
+    settings = [
+        setting for setting in settings if all(run.generator_measure("frechet_distance") for run in setting.shown)
+    ]
+    if not settings:
+        return None
+    names = ("frechet_distance", "generator_precision", "generator_recall", "fitting_capacity")
+    figure, all_axes = panels(len(names), settings)
+    for axes, name in zip(all_axes, names, strict=True):
+        for setting, style in zip(settings, setting_styles(settings), strict=True):
+            draw_band(axes, setting.curve(lambda run, name=name: run.generator_measure(name)), marker=".", **style)
+        axes.set(title=name.replace("_", " ").capitalize().replace("Fre", "Fré"), xlabel="after task")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_ylim(0, None if name == names[0] else 1.01)
+    legend_below(figure, all_axes)
+    return figure
+
+
 def save_animation(settings: Sequence[Setting], path: Path) -> bool:
     """Save a GIF of kept samples through all tasks, settings side by side. False if there are none."""
     shown = [(setting, samples) for setting in settings if (samples := setting.first.kept_samples())]
@@ -514,7 +533,13 @@ def save_animation(settings: Sequence[Setting], path: Path) -> bool:
     return True
 
 
-FIGURES = {"precision": precision_figure, "average": average_figure, "matrix": matrix_figure, "samples": samples_figure}
+FIGURES: dict[str, Callable[[Sequence[Setting]], Figure | None]] = {
+    "precision": precision_figure,
+    "average": average_figure,
+    "matrix": matrix_figure,
+    "samples": samples_figure,
+    "generator": generator_figure,
+}
 
 
 def save_figures(runs: Sequence[Run], directory: Path) -> None:

@@ -33,7 +33,7 @@ def train(cwd, data_dir, *flags, start=call):
 
 
 def draw(cwd, *flags, start=call):
-    return start("main.py", "--test", *TINY, *flags, cwd=cwd)
+    return start("main.py", "--test", "--data-dir=none", *TINY, *flags, cwd=cwd)
 
 
 def read_json(path):
@@ -472,7 +472,7 @@ def test_options_without_effect_are_named(tmp_path, small_mnist):
 
 def test_samples_are_drawn_six_a_row(copy_of_trained):
     process = draw(copy_of_trained, start=run)
-    assert process.returncode == 0 and process.stdout == f"samples: samples/{NAME}-sample.jpg\n"
+    assert process.returncode == 0 and process.stdout.splitlines()[0] == f"samples: samples/{NAME}-sample.jpg"
     with Image.open(copy_of_trained / "samples" / f"{NAME}-sample.jpg") as picture:
         assert picture.size == (6 * 34 + 2, 2 * 34 + 2)
 
@@ -533,3 +533,44 @@ def test_a_missing_scholar_of_a_finished_run_is_named_with_the_way_out(copy_of_t
     process = train(copy_of_trained, small_mnist, "--resume", "--keep-scholars")
     process.stderr = process.stderr.strip().splitlines()[-1]
     assert_one_line_error(process, 1, f"no scholar at checkpoints/after-task-2/{NAME}")
+
+
+# ------------------------------------------------------------------------------------------- measures of a generator
+
+
+def test_measures_of_each_task_are_in_the_summary_where_a_generator_is_trained(tmp_path, small_mnist):
+    flags = ["--measure-generator", "--measured-images=100", "--replay-mode=exact-replay"]
+    assert train(tmp_path, small_mnist, *flags, "--sample-log").returncode == 0
+    (path,) = tmp_path.glob("results/*/summary.json")
+    measured = read_json(path)["generator"]
+    assert len(measured) == 2 and len(measured[0]["class_share"]) == 10
+    assert all(
+        0 <= value <= 1 for name, value in measured[1].items() if name not in ("frechet_distance", "class_share")
+    )
+    rows = utils.Run.read(path.parent).rows
+    assert [row["task"] for row in rows if (row["phase"], row["name"]) == ("test", "fitting_capacity")] == ["1", "2"]
+    assert train(tmp_path, small_mnist, *flags).returncode == 0
+    assert "generator" not in read_json(path)
+
+
+def test_samples_come_with_measures_of_the_tasks_learned(copy_of_trained, small_mnist, monkeypatch):
+    seen, plain = [], main.train.measure_generator
+    watched = lambda scholar, tasks, *rest: seen.append(len(tasks)) or plain(scholar, tasks, *rest)  # noqa: E731
+    monkeypatch.setattr(main.train, "measure_generator", watched)
+    process = draw(copy_of_trained, f"--data-dir={small_mnist}", "--mnist-permutation-number=3")
+    assert process.returncode == 0, process.stderr
+    names = [line.split(":")[0] for line in process.stdout.splitlines()]
+    assert names[:3] == ["samples", "frechet_distance", "generator_precision"] and names[-1] == "class_share"
+    assert seen == [2]  # of three
+
+
+def test_without_its_data_a_generator_is_drawn_and_not_measured(copy_of_trained, small_mnist):
+    """Nothing is downloaded for that."""
+    official = [flag for flag in TINY if flag != "--unverified-data"]
+    missing = draw(copy_of_trained)
+    unofficial = call("main.py", "--test", f"--data-dir={small_mnist}", *official, cwd=copy_of_trained)
+    for process, why in ((missing, "none/mnist/MNIST/raw has no train-images"), (unofficial, "not the official file")):
+        assert process.returncode == 0 and not process.stderr
+        samples, reason = process.stdout.splitlines()
+        assert samples.startswith("samples: ") and reason.startswith("no measures of the generator: ") and why in reason
+    assert not (copy_of_trained / "none").exists()

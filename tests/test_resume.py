@@ -111,6 +111,7 @@ def test_resumed_run_is_the_run_that_was_never_stopped(tmp_path, small_mnist, wh
         ["--replay-mode=exact-replay", "--replay-targets=soft"],
         ["--replay-mode=noise-replay"],
         ["--experiment=mnist-chain", "--lr-schedule=linear"],
+        ["--measure-generator", "--measured-images=100"],
         ["--experiment=split-mnist", "--recipe=vae", "--lr-schedule=linear"],
         ["--replay-mode=lwf", "--heads=task", "--penalty=ewc"],
         ["--replay-mode=joint"],

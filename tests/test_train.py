@@ -6,8 +6,10 @@ import json
 from dataclasses import replace
 
 import pytest
+import scipy.linalg
 import torch
 from conftest import SMALL, assert_same_state, small_scholar, state
+from torch import nn
 
 import data
 import dgr
@@ -44,7 +46,7 @@ class Recorder(utils.Observer):
         return [event[len(prefix) :] for event in self.events if event[: len(prefix)] == prefix]
 
 
-def learn(small_mnist, new_scholar=small_scholar, tasks=2, save_scholar=lambda _scholar: None, before=None, **changes):
+def learn(small_mnist, new_scholar=small_scholar, tasks=2, save_scholar=lambda _: None, parts=None, **changes):
     """Learn small tasks. Returns the training when it is over, and what its observer heard."""
     recorder, noise = Recorder(), torch.zeros(2, 5)
     training = train.Training(
@@ -54,7 +56,7 @@ def learn(small_mnist, new_scholar=small_scholar, tasks=2, save_scholar=lambda _
         observers=[recorder],
         sample=lambda scholar: scholar.generator.sample(2, noise),
         save_scholar=save_scholar,
-        before=before,
+        **(parts or {}),
     )
     assert training.run()["precision"] is training.matrix
     return training, recorder
@@ -391,7 +393,7 @@ def test_summary_is_what_the_run_gives_and_its_seconds(tmp_path):
 def test_the_first_task_after_a_kept_scholar_is_learned_from_its_replay(small_mnist, monkeypatch):
     seen, old = watch_learning(monkeypatch), small_scholar()
     before = train.Before(old, earlier=["one", "two"], given=0)
-    learn(small_mnist, before=before, importance_of_new_task="auto")
+    learn(small_mnist, parts={"before": before}, importance_of_new_task="auto")
     (_, _, current, replay, how), later = seen[0], seen[2]
     assert how["r"] == 1 / 3 and later[4]["r"] == 1 / 4 and isinstance(current, data.Split)
     assert_same_state(replay.old_scholar, old.remember().state_dict())
@@ -416,3 +418,149 @@ def test_a_kept_scholar_answers_among_the_classes_it_knows_and_a_wider_one_start
 
 def test_forgetting_after_a_kept_scholar_leaves_out_what_was_not_measured():
     assert train.forgetting([[None] * 3, [0.9, 0.8, None], [0.7, 0.75, 0.6]]) == pytest.approx((0.2 + 0.05) / 2)
+
+
+# ------------------------------------------------------------------------------------------ measures of a generator
+
+
+def points_of_a_gaussian(mean, deviations, n=200):
+    """Points (n, d), float64, with exactly this mean, these standard deviations, and no correlation."""
+    x = torch.randn(n, len(mean)).double()
+    return torch.tensor(mean) + torch.linalg.qr(x - x.mean(dim=0)).Q * (n - 1) ** 0.5 * torch.tensor(deviations)
+
+
+def test_frechet_distance_of_gaussians_is_the_known_one():
+    a, b = points_of_a_gaussian([0.0, 1, 2], [1.0, 2, 3]), points_of_a_gaussian([3.0, 1, 6], [2.0, 4, 3], n=150)
+    assert train.frechet_distance(a, b) == pytest.approx(3**2 + 4**2 + 1**2 + 2**2)
+    assert train.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_distance_agrees_with_scipys_root_and_needs_no_inverse():
+    a, b = torch.randn(90, 4).double() @ torch.randn(4, 4).double(), torch.randn(80, 4).double()
+    both = [torch.cov(x.T).numpy() for x in (a, b)]
+    root = scipy.linalg.sqrtm(both[0] @ both[1]).real
+    expected = (a.mean(0) - b.mean(0)).square().sum().item() + (both[0] + both[1] - 2 * root).trace()
+    assert train.frechet_distance(a, b) == pytest.approx(expected)
+    dead = [nn.functional.pad(x, (0, 2)) for x in (a, b)]  # two features that are always 0
+    assert train.frechet_distance(*dead) == pytest.approx(expected)
+
+
+def test_precision_is_what_is_drawn_among_the_real_and_recall_what_is_real_among_the_drawn():
+    grid = torch.arange(10.0).double()[:, None]
+    real = torch.cat([grid, grid + 100])
+    for block in (3, 1000):
+        assert train.precision_and_recall(real, grid + 0.5, block=block) == (1.0, 0.5)
+        assert train.precision_and_recall(real, torch.cat([grid, grid + 300]), block=block) == (0.5, 0.5)
+    # The second nearest of 0, 1, 2 are 2, 1 and 2 away; the third nearest does not exist.
+    assert train.precision_and_recall(grid[:3], torch.tensor([[-3.0], [4.0]]).double(), k=2) == (0.5, 1.0)
+
+
+def test_repeated_points_are_among_themselves():
+    """prdc 0.2 says 0: a radius of 0 leaves nothing strictly inside. Copies that differ by rounding are copies too."""
+    points = 30 * torch.randn(20, 128).double().repeat(5, 1)
+    assert train.precision_and_recall(points, points) == (1.0, 1.0)
+    assert train.precision_and_recall(points, points * (1 + 1e-7)) == (1.0, 1.0)
+    assert train.precision_and_recall(points, points + 1) == (0.0, 0.0)
+
+
+def test_a_classifier_measures_in_evaluation_mode_even_if_left_in_training_mode():
+    classifier, x = models.classifier_network(1, 32, 10).train(), torch.rand(6, 1, 32, 32)
+    before = state(classifier)
+    together, _ = train.features(classifier, x, 6)
+    alone, _ = train.features(classifier, x, 1)
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert_same_state(classifier, before)
+
+
+class Stored(nn.Module):
+    """A generator's network that draws stored images."""
+
+    def __init__(self, images):
+        super().__init__()
+        self.images = nn.Parameter(images)
+
+    def forward(self, z):
+        return self.images[torch.randint(len(self.images), (len(z),))]
+
+
+@pytest.fixture(scope="module")
+def classifier(small_mnist, tmp_path_factory):
+    return models.load_classifier(small_tasks(small_mnist, 1), tmp_path_factory.mktemp("kept"))
+
+
+def measure(small_mnist, images, classifier, **changes):
+    """The measures of a scholar that draws these images and answers as the classifier does."""
+    scholar = dgr.Scholar(dgr.Generator(Stored(images), 5), dgr.Solver(classifier))
+    options = train.TrainingOptions(
+        **SETTINGS | {"solver_iterations": 60, "batch_size": 20, "measured_images": 100} | changes
+    )
+    new_scholar = lambda: small_scholar(lr=1e-2)  # noqa: E731
+    return train.measure_generator(scholar, small_tasks(small_mnist, 1), classifier, new_scholar, options)
+
+
+def test_measures_tell_real_images_from_those_of_one_class(small_mnist, classifier):
+    train_split = small_tasks(small_mnist)[0].train
+    every = measure(small_mnist, train_split.batch(slice(None))[0], classifier)
+    one = measure(small_mnist, train_split.with_classes(torch.tensor([3])).batch(slice(None))[0], classifier)
+    assert every["classifier_precision"] == every["label_agreement"] == 1
+    assert one["class_share"] == [0, 0, 0, 1, 0, 0, 0, 0, 0, 0] and min(every["class_share"]) > 0
+    assert sum(every["class_share"]) == pytest.approx(1)
+    assert every["frechet_distance"] < one["frechet_distance"] / 5
+    assert every["generator_recall"] > 0.5 > 0.2 > one["generator_recall"]
+    assert every["fitting_capacity"] > 0.9 and one["fitting_capacity"] == 0.1
+
+
+@pytest.mark.parametrize("kind", ["true", "soft"])
+def test_label_agreement_is_of_the_old_solver_whatever_the_targets(small_mnist, classifier, kind, monkeypatch):
+    """For exact replay's generator too, whose solver learns true labels."""
+    images = small_tasks(small_mnist)[0].train.batch(slice(None))[0]
+    answer = dgr.Solver.answer
+    monkeypatch.setattr(dgr.Solver, "answer", lambda solver, x: (answer(solver, x) + 1) % 10)
+    soft = lambda solver, x, _: torch.eye(10)[answer(solver, x)]  # noqa: E731
+    monkeypatch.setattr(dgr.Solver, "answer_softly", soft)
+    measures = measure(small_mnist, images, classifier, replay_targets=kind, temperature=1.0)
+    assert measures["label_agreement"] == {"true": 0, "soft": 1}[kind]
+
+
+@pytest.mark.parametrize("changes", [{}, {"chain": True}, {"replay_mode": "none", "sample_log": True}])
+def test_measuring_does_not_change_what_is_learned(small_mnist, classifier, changes):
+    """Each task is measured, whatever trains a generator; in a chain, too, where each scholar is new."""
+    outcomes = []
+    for measured_by in (None, classifier):
+        torch.manual_seed(5)
+        training, recorder = learn(small_mnist, parts={"classifier": measured_by}, measured_images=100, **changes)
+        heard = [event for event in recorder.events if event[1] != "test"]
+        outcomes.append((training.scholar, training.matrix, heard, torch.get_rng_state()))
+    (plain, *rest), (measured, *same) = outcomes
+    assert_same_state(plain, measured.state_dict())
+    assert rest[:2] == same[:2] and torch.equal(rest[2], same[2])
+    assert len(training.of_generator) == 2 and None not in training.of_generator
+    reported = {name: value for _, name, value in recorder.named("scalar", "test", 2) if "precision-" not in name}
+    assert reported == {name: value for name, value in training.of_generator[1].items() if name != "class_share"}
+
+
+def test_a_classifier_is_trained_once_for_the_same_training_images(small_mnist, tmp_path, capfd, monkeypatch):
+    """From random numbers of its own; test images play no part. A damaged one is made again."""
+    monkeypatch.setattr(models, "learn_classifier", lambda network, _: nn.init.normal_(network[0].weight))
+    (task,) = small_tasks(small_mnist, 1)
+    torch.manual_seed(1)
+    first = models.load_classifier([task], tmp_path)
+    assert torch.equal(torch.get_rng_state(), torch.Generator().manual_seed(1).get_state())
+    assert_same_state(models.load_classifier([data.Task("", task.train, task.train)] * 3, tmp_path), first.state_dict())
+    (path,) = (tmp_path / "classifiers").iterdir()
+    assert capfd.readouterr().err.count("training the classifier") == 1
+    models.load_classifier(small_tasks(small_mnist, 2), tmp_path)
+    assert len(list((tmp_path / "classifiers").iterdir())) == 2
+    path.write_bytes(path.read_bytes()[:2000])
+    assert_same_state(models.load_classifier([task], tmp_path), first.state_dict())
+    assert "is damaged: it is made again" in capfd.readouterr().err
+    again = models.load_classifier([task], tmp_path)
+    assert not capfd.readouterr().err and not any(module.training for module in again.modules())
+
+
+def test_a_classifier_that_cannot_be_kept_is_in_memory(small_mnist, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(models, "learn_classifier", lambda *_: None)
+    (tmp_path / "classifiers").write_text("not a directory")
+    models.load_classifier(small_tasks(small_mnist, 1), tmp_path)
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "can't be written" in line]
+    assert "each run trains this classifier for itself" in line

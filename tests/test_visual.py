@@ -386,6 +386,8 @@ def write_run(directory, offset=0.0, data=None, **config):
     (directory / "metrics.csv").write_text("\n".join(rows) + "\n")
     summary = {"average_precision": 0.65 + offset, "forgetting": 0.25, "seconds": 12.3, "seed": 0}
     summary["precision"] = [[0.8 + offset, None], [0.4 + offset, 0.9 + offset]]
+    names = ("frechet_distance", "generator_precision", "generator_recall", "fitting_capacity")
+    summary["generator"] = [dict.fromkeys(names, 0.1 * task + offset) for task in (1, 2)]
     (directory / "summary.json").write_text(json.dumps(summary))
     return directory
 
@@ -512,6 +514,22 @@ def test_figures_show_what_the_files_say(results):
     assert numbers == [".85", ".45", ".95"]
     titles = [axes.get_title() for axes in visual.samples_figure(settings).axes]
     assert titles == ["after task 1", "after task 2"]
+    distance = visual.generator_figure(settings).axes[0]
+    assert distance.lines[0].get_xdata() == pytest.approx([1, 2])
+    assert distance.lines[0].get_ydata() == pytest.approx([0.15, 0.25])
+
+
+def test_a_generator_is_drawn_only_where_all_seeds_were_measured(results):
+    summary = results / "seed-0/none-r1/summary.json"
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"generator": [None, None]}))
+    (*_, axes) = visual.generator_figure(settings_in(results)).axes
+    assert [line.get_label() for line in axes.lines] == [
+        "generative-replay",
+        "generative-replay (--importance-of-new-task=0.5)",
+    ]
+    (results / "seed-0/gr-r0.3").rename(results / "seed-0/gr-r0.3~2")
+    (results / "seed-0/gr-r0.5").rename(results / "seed-0/gr-r0.5~2")
+    assert visual.generator_figure(settings_in(results)) is None
 
 
 def test_all_figures_are_made_from_files_and_are_repeatable(results):
