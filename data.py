@@ -639,6 +639,9 @@ def split_classes(data_set: str, nouns: tuple[str, str], library: Library, optio
     return tasks
 
 
+split_mnist = partial(split_classes, "mnist", DIGITS)
+
+
 def mnist_chain(library: Library, options: ExperimentOptions) -> list[Task]:
     """MNIST for five scholars; each but the first learns it from the one before (the paper's Table 1)."""
     splits = library.load("mnist")
@@ -666,7 +669,7 @@ class Experiment:
 # To add an experiment, write a function like these and add a line here.
 EXPERIMENTS = {
     "permutated-mnist": Experiment(permutated_mnist),
-    "split-mnist": Experiment(partial(split_classes, "mnist", DIGITS)),
+    "split-mnist": Experiment(split_mnist),
     "split-svhn": Experiment(partial(split_classes, "svhn", DIGITS)),
     "split-fashion-mnist": Experiment(partial(split_classes, "fashion-mnist", CLASSES)),
     "split-cifar10": Experiment(partial(split_classes, "cifar10", CLASSES)),

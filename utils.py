@@ -630,6 +630,7 @@ class RunFiles(Observer):
 Curve = dict[int, float]  # values by iterations since the start of the run
 PRECISION = re.compile(r"precision-(\d+)")  # the name of a scalar: precision on task 1, 2, ...; all others are losses
 SAMPLES = "samples.png"  # the newest sample grid, in the result directory
+MEASURES = ("backward_transfer", "forward_transfer", "incremental_average", "task_incremental")  # of later versions
 SUMMARY_KEYS = ("precision", "average_precision", "forgetting", "seconds")
 CONFIG = {"name": str, "experiment": str, "replay_mode": str, "recipe": str, "seed": int, "flags": list, "tasks": list}
 
@@ -659,6 +660,9 @@ class Run:
             for key in SUMMARY_KEYS if summary is not None else ():
                 values = list(itertools.chain(*summary[key])) if key == "precision" else [summary[key]]
                 if not all(isinstance(v, int | float) or (v is None and key == "precision") for v in values):
+                    raise TypeError(f"summary.json: {key} is {summary[key]!r}")
+            for key in MEASURES:
+                if not isinstance(self.measure(key), int | float | None):
                     raise TypeError(f"summary.json: {key} is {summary[key]!r}")
             self.curves: dict[tuple[str, str], Curve] = {}  # by phase and name
             try:
@@ -716,6 +720,12 @@ class Run:
             self.rows, key=lambda row: (*list(row.values())[:3], bool(PRECISION.fullmatch(row["name"])))
         ):
             observer.scalars(phase, int(task), int(iteration), {row["name"]: float(row["value"]) for row in rows})
+
+    def measure(self, name: str) -> float | None:
+        """A number of the summary; of the task-incremental matrix, the average after the last task. None if not there."""
+        value = (self.summary or {}).get(name)
+        last = [precision for precision in value[-1] if precision is not None] if isinstance(value, list) else None
+        return sum(last) / len(last) if last else value
 
     def generator_measure(self, name: str) -> Curve:
         """A measure of the generator over tasks, from --measure-generator; empty if there is none."""

@@ -591,8 +591,15 @@ def markdown(rows: Sequence[dict[str, str]]) -> str:
 
 
 def table(runs: Sequence[Run]) -> str:
-    """Means and standard deviations over seeds, in Markdown."""
-    return markdown(list(map(cells, itertools.chain(*utils.group_runs(runs).values()))))
+    """Means and standard deviations over seeds, in Markdown; of further measures, those that any of the runs has."""
+    settings = list(itertools.chain(*utils.group_runs(runs).values()))
+    rows = list(map(cells, settings))
+    for name in utils.MEASURES:
+        values = [[run.measure(name) for run in setting.finished] for setting in settings]
+        if any(value is not None for row in values for value in row):
+            for row, of_runs in zip(rows, values, strict=True):
+                row[name.replace("_", " ")] = "" if None in of_runs else mean_sd(of_runs, 3)
+    return markdown(rows)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -487,7 +487,7 @@ MAY_IMPORT = {
     "data": {"utils"},
     "visual": {"utils"},
     "train": {"data", "dgr", "utils"},
-    "models": {"dgr", "gan", "utils"},
+    "models": {"data", "dgr", "gan", "utils"},
     "main": {"data", "dgr", "models", "train", "utils", "visual"},
 }
 

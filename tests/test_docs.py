@@ -265,17 +265,20 @@ def test_command_of_the_docs_runs(command, place, monkeypatch, capsys):
             main.parse(arguments)
     else:
         if "--test" in arguments:
-            main.main([word.replace("--test", "--train") for word in arguments] + SMALL)
+            training = [word.replace("--test", "--train") for word in arguments]
+            main.main(training[: training.index("--on")] + SMALL if "--on" in training else training + SMALL)
+        if "--continue-from" in arguments:  # which a command above it in the docs has trained
+            main.main(["--train", "--quick", "--tasks=mnist", *SMALL])
         main.main([*arguments, *SMALL])
     assert capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("./run_full_experiments")])
-def test_run_full_experiments_of_the_docs_is_a_list_of_runs(command, tmp_path):
+def test_run_full_experiments_of_the_docs_is_a_list_of_runs(command, place):
     """With --dry-run: what each would start is a command line that main.py takes."""
     words = shlex.split(command.split("|")[0].split(">")[0])
     dry = [] if "--dry-run" in words else ["--dry-run"]
-    process = call("run_full_experiments", *words[1:], *dry, cwd=tmp_path)
+    process = call("run_full_experiments", *words[1:], *dry, cwd=place)
     assert process.returncode == 0, process.stderr
     lines = process.stdout.strip().splitlines()
     assert lines
