@@ -722,7 +722,7 @@ class Run:
             observer.scalars(phase, int(task), int(iteration), {row["name"]: float(row["value"]) for row in rows})
 
     def measure(self, name: str) -> float | None:
-        """A number of the summary; of the task-incremental matrix, the average after the last task. None if not there."""
+        """A number of the summary, or None; of the task-incremental matrix, the average after the last task."""
         value = (self.summary or {}).get(name)
         last = [precision for precision in value[-1] if precision is not None] if isinstance(value, list) else None
         return sum(last) / len(last) if last else value
