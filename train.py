@@ -582,13 +582,18 @@ def precision_and_recall(real: Tensor, drawn: Tensor, k: int = 3, block: int = 1
     # Rounding puts copies of a point a little apart; without slack, one would not be among the others.
     slack = 1e-5 * torch.cat([real, drawn]).norm(dim=1).max()
 
-    def share(points: Tensor, others: Tensor) -> float:
-        near = [torch.cdist(part, others).topk(min(k + 1, len(others)), largest=False) for part in others.split(block)]
-        reach = slack + torch.cat([found.values[:, -1] for found in near])  # of the k + 1, one is the point itself
-        among = [(torch.cdist(part, others) <= reach).any(dim=1) for part in points.split(block)]
-        return torch.cat(among).double().mean().item()
+    def reach(points: Tensor) -> Tensor:
+        nearest = min(k + 1, len(points))  # the first of them is the point itself
+        parts = [torch.cdist(part, points).topk(nearest, largest=False).values[:, -1] for part in points.split(block)]
+        return torch.cat(parts) + slack
 
-    return share(drawn, real), share(real, drawn)
+    of_real, of_drawn = reach(real), reach(drawn)
+    among_real, among_drawn = [], torch.zeros_like(of_real, dtype=torch.bool)
+    for part, of_part in zip(drawn.split(block), of_drawn.split(block), strict=True):
+        apart = torch.cdist(part, real)
+        among_real.append((apart <= of_real).any(dim=1))
+        among_drawn |= (apart <= of_part[:, None]).any(dim=0)
+    return torch.cat(among_real).double().mean().item(), among_drawn.double().mean().item()
 
 
 def fitting_capacity(
