@@ -59,7 +59,8 @@ DASHES = ["-", "--", "-.", (0, (1, 1)), (0, (6, 1, 1, 1, 1, 1)), (0, (8, 3)), (0
 FEW, NUMBERS, MANY = len(TASK_COLOURS), 12, 20  # tasks; a matrix has room for the numbers of twelve
 IMAGES_PER_ROW, FRAMES, LABEL_CHARACTERS = 6, 30, 75  # in a grid; in an animation, at most; that fit above a plot
 SERVER = f"visdom server: host, host:port or https://host/path; {utils.LOGIN}"
-SETTING_COLOURS = ["#882255", "#999933", "#117733", "#332288", "#88CCEE", "#CC6677", "#DDCC77"]
+SETTING_COLOURS = ["#882255", "#999933", "#117733", "#332288", "#88CCEE", "#CC6677", "#DDCC77", "#44AA99", "#AA4499"]
+COLOUR_OF_MODE = dict(zip(MODES, (0, 1, 2, 3, 7, 8), strict=True))
 
 
 def task_colours(tasks: int) -> list[str]:
@@ -435,7 +436,7 @@ def setting_styles(settings: Sequence[Setting]) -> list[dict[str, Any]]:
     modes = [setting.first.replay_mode for setting in settings]
     styles: list[dict[str, Any]] = []
     for number, (setting, mode) in enumerate(zip(settings, modes, strict=True)):
-        at = MODES.index(mode) if mode in MODES and mode not in modes[:number] else len(MODES) + number
+        at = COLOUR_OF_MODE[mode] if mode in MODES and mode not in modes[:number] else 4 + number
         seeds = f", {len(setting.shown)} seeds" if len(setting.shown) > 1 else ""
         style = {"color": SETTING_COLOURS[at % len(SETTING_COLOURS)], "linestyle": DASHES[(at + 3) % len(DASHES)]}
         styles.append(style | {"label": setting.label + seeds})

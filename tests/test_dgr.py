@@ -224,6 +224,7 @@ def pairs(n: int) -> dgr.Pairs:
 
 @pytest.mark.parametrize("r", [0.0, 0.3, 0.5, 1.0])
 def test_solver_loss_equals_equation_1(r):
+    """differences.md, 24."""
     solver = small_scholar().solver.double()
     current, replayed = pairs(5), pairs(7)
     loss = dgr.solver_loss(solver, current, replayed, r)
@@ -365,13 +366,14 @@ def test_replay_teaches_the_old_heads_and_the_current_task_its_own(kind):
 
 
 def test_hard_and_soft_targets_of_the_same_classes_weigh_the_same():
+    """differences.md, 27."""
     scores, y = torch.randn(6, 10), torch.randint(10, (6,))
     torch.testing.assert_close(dgr.loss(scores, y), dgr.loss(scores, nn.functional.one_hot(y, 10).float()))
 
 
 @pytest.mark.parametrize("replays", [True, False])
 def test_a_head_that_learns_nothing_stays_as_it_is(replays):
-    """Adam would move it by its weight decay, and by what is left of earlier gradients."""
+    """differences.md, 28: adam would move it by its weight decay, and by what is left of earlier gradients."""
     solver, current = two_headed(), dgr.OwnHead(Constant(0.1, 1), 1, 2)
     old = dgr.OwnHead(Constant(0.9, 2), 0, 1)
     list(dgr.learn_solver(solver, current, old, r=0.5, iterations=2, batch_size=4))
@@ -403,6 +405,7 @@ class Images:
 
 
 def test_ewc_is_its_equation_with_anchors_that_stay(monkeypatch):
+    """differences.md, 26."""
     solver, ewc, kept = small_scholar().solver.double(), dgr.EWC(50.0), []
     ewc.images = 6
     drawn, plain = [], torch.multinomial

@@ -380,7 +380,7 @@ def test_vae_learns_and_is_remembered_like_any_generator():
 
 
 def test_vae_loss_is_the_negative_evidence_lower_bound():
-    """By hand, a mean over images: -log p(x|z) + KL(q(z|x) || N(0, 1))."""
+    """differences.md, 25: by hand, a mean over images: -log p(x|z) + KL(q(z|x) || N(0, 1))."""
     vae = small_scholar(generator="vae").double().generator
     x = torch.rand(3, 1, 32, 32, dtype=torch.float64)
     mean, log_variance = vae.encoder(x).chunk(2, dim=1)

@@ -57,7 +57,10 @@ def outcome(cwd) -> dict[str, object]:
         if path.is_file() and path.suffix not in (".lock", ".json") and path.name != NAME
     }
     scholar = utils.load_checkpoint(cwd / "checkpoints" / NAME)
-    weights = {name: value.numpy().tobytes() for name, value in scholar["scholar"].items()}
+    weights = {
+        name: getattr(value, "numpy", lambda v=value: np.array(v))().tobytes()
+        for name, value in scholar["scholar"].items()
+    }
     lines = (cwd / "results" / NAME / "summary.json").read_text().splitlines()
     return files | weights | {"summary": [line for line in lines if '"seconds"' not in line]}
 

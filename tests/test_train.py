@@ -79,6 +79,8 @@ def watch_learning(monkeypatch) -> list[tuple]:
 
 
 def test_precision_counts_right_answers_over_the_whole_split(small_mnist):
+    """differences.md, 23."""
+
     class Nine(dgr.Solver):
         def answer(self, x):
             return torch.full((len(x),), 9)  # right in the last row too, after the last whole batch
@@ -201,6 +203,7 @@ def test_measures_of_three_tasks_worked_out_by_hand():
 
 
 def test_a_wholly_forgotten_task_has_backward_transfer_minus_one():
+    """differences.md, 22."""
     assert train.backward_transfer([[1.0, None], [0.0, 1.0]]) == -1
 
 
@@ -223,7 +226,7 @@ def test_forward_transfer_is_measured_before_a_task_is_learned_and_on_an_untrain
 
 
 def test_with_the_task_known_no_other_class_can_win():
-    """All scores of the task's own classes are negative; a class masked by a factor would have 0."""
+    """differences.md, 21: all scores of the task's classes are negative; a class masked by a factor would have 0."""
 
     class Known(dgr.Solver):
         def forward(self, x):
@@ -456,7 +459,7 @@ def test_precision_is_what_is_drawn_among_the_real_and_recall_what_is_real_among
 
 
 def test_repeated_points_are_among_themselves():
-    """prdc 0.2 says 0: a radius of 0 leaves nothing strictly inside. Copies that differ by rounding are copies too."""
+    """differences.md, 30: a radius of 0 has nothing strictly inside. Copies that differ by rounding are copies too."""
     points = 30 * torch.randn(20, 128).double().repeat(5, 1)
     assert train.precision_and_recall(points, points) == (1.0, 1.0)
     assert train.precision_and_recall(points, points * (1 + 1e-7)) == (1.0, 1.0)
@@ -464,6 +467,7 @@ def test_repeated_points_are_among_themselves():
 
 
 def test_a_classifier_measures_in_evaluation_mode_even_if_left_in_training_mode():
+    """differences.md, 29."""
     classifier, x = models.classifier_network(1, 32, 10).train(), torch.rand(6, 1, 32, 32)
     before = state(classifier)
     together, _ = train.features(classifier, x, 6)
