@@ -229,7 +229,7 @@ def overview(experiments: dict[str, dict[str, list[Setting]]]) -> str:
 def draw(experiment: str, name: str, settings: list[Setting]) -> list[str]:
     """Draw the figures of settings shown together. Returns their lines in RESULTS.md."""
     utils.label(settings)
-    stem, text = f"{experiment}-{name}", [f"### {experiment}, {name.replace('-', ', ', 1)}", ""]
+    stem, text = f"{experiment}-{name}".replace("=", "-"), [f"### {experiment}, {name.replace('-', ', ', 1)}", ""]
     chain = settings[0].first.summary["precision"][-1][0] is None
     for kind, title in KINDS.items():
         figure = None if chain and kind == "average" else visual.FIGURES[kind](settings)  # the two would be the same
