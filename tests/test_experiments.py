@@ -342,6 +342,8 @@ def test_ray_gets_every_run_once_with_its_share(full, finished, tmp_path, monkey
             handed.append(job.options.seed)
             if job.options.seed == 0:
                 shutil.copytree(finished / "results" / NOISE, job.paths.results)
+                job.paths.scholar.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(finished / "checkpoints" / NOISE, job.paths.scholar)
             return job.options.seed
 
     def get(seed, timeout):
