@@ -367,6 +367,7 @@ def test_generator_of_the_docs_learns_and_replays(example_place):
     images = np.full((60, 28, 28), 200, dtype=np.uint8)
     np.savez("grey.npz", x_train=images, y_train=np.zeros(60, int), x_test=images, y_test=np.zeros(60, int))
     flags = ["--tasks", "grey.npz", "grey.npz", "--generator=mean", *TINY, "--generator-iterations=150", "--lr=0.03"]
+    flags += ["--data-dir=datasets"]
     run_example(code, "--train", *flags)
     run_example(code, "--test", *flags)
     with Image.open("samples/grey+grey-generative-replay-r0.3-mean-sample.jpg") as picture:
