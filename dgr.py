@@ -195,6 +195,7 @@ class ReplayMode(nn.Module):
     target_kinds: tuple[str, ...] = ("hard", "soft")  # the kinds of y' it supports; the first one is the default
     needs_generator = False  # whether it draws from the old generator, which then has to be trained
     from_scratch = False  # whether the new scholar starts from fresh weights
+    importance: float | str | None = None  # r of equation 1, if the mode prescribes it
     block = 64  # pairs that a model draws at once; the task loop sets it to what suits the device
     current: Source  # D_i, which the task loop sets
 
@@ -241,7 +242,7 @@ class Joint(ExactReplay):
     """All tasks so far at once, from scratch: the upper bound. With r = 1/i, equation 1 is their mean loss."""
 
     target_kinds = ("true",)
-    from_scratch = True
+    from_scratch, importance = True, "auto"
 
 
 class LwF(ReplayMode):

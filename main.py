@@ -55,6 +55,7 @@ IN_NAMES = {"heads": "task-heads", "generator_conditional": "conditional"}  # of
 class Actions:
     train: bool = option(False, "train a scholar on tasks", None, exclusive="required", group="action (required)")
     test: bool = option(False, "draw samples from a trained scholar (same flags)", None, exclusive="required")
+    samples_only: bool = option(False, "with --test: draw samples, and measure nothing", None)
     on: str | None = option(
         None, "with --test: measure it on these images", None, parse=data.task_source, metavar="TASK"
     )
@@ -71,7 +72,7 @@ class Options(
     @property
     def name(self) -> str:
         """<experiment>-<replay-mode>-r<importance>, then what of recipe, targets and networks is not the default."""
-        r = 0 if self.chain else self.importance_of_new_task if dgr.REPLAY_MODES[self.replay_mode] else 1
+        r = 0 if self.chain else self.r if dgr.REPLAY_MODES[self.replay_mode] else 1
         parts = [self.experiment, self.replay_mode, f"r{r if isinstance(r, str) else format(r, 'g')}"]
         parts += [self.recipe] if self.recipe != Options.recipe else []
         changed = self.changed()
@@ -95,15 +96,14 @@ class Options(
     def deciding(self) -> list[str]:
         """The options that decide what is learned, with these networks, tasks and replay mode."""
         mode, idle = dgr.REPLAY_MODES[self.replay_mode], set(self.unused)
-        idle |= {"importance_of_new_task"} if mode is None or mode is dgr.Joint or self.chain else set()
+        idle |= {"importance_of_new_task"} if mode is None or self.chain else set()
         idle |= {"sample_log"} if mode is not None and mode.needs_generator else set()
         return [f.name for f in fields(self) if f.metadata.get("changes") and f.name not in idle]
 
     @property
     def unused(self) -> dict[str, str]:
         """The options without effect beside these networks and tasks, and what takes it from them."""
-        penalty = {"penalty_weight": "--penalty=none"} if self.penalty == "none" else {}
-        return models.unused(self) | data.unused(self) | penalty
+        return models.unused(self) | data.unused(self) | train.unused(self)
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def parse(arguments: list[str]) -> Options:
     parser.set_defaults(**{key: value for key, value in recipe.items() if key not in ("replay_targets", "temperature")})
     options = parser.parse_args(arguments)
     options.chain = not options.tasks and data.EXPERIMENTS[options.experiment].chain
-    check_replay(parser, options, recipe)
+    check_combinations(parser, options, recipe)
     models.check_networks(parser, options)
     if options.tasks:
         stems = "+".join(Path(task).stem.lstrip(".") or "task" for task in options.tasks)
@@ -172,21 +172,13 @@ def parse(arguments: list[str]) -> Options:
         if os.path.realpath(getattr(options, directory)) == os.path.realpath(getattr(options, other)):
             parser.error(f"argument {flag(other)}: a run has files of the same name in {flag(directory)}: use another")
     options = Options(**vars(options))
-    if options.heads == "task" and (options.on or options.measure_generator):
-        parser.error(f"argument --heads: task does not go with {'--on' if options.on else '--measure-generator'}")
-    if options.on and not options.test:
-        parser.error("argument --on: it needs --test")
-    alone = {"heads": "task", "generator_conditional": True, "penalty": "ewc", "replay_mode": "joint", "chain": True}
-    if options.continue_from and (other := [key for key, value in alone.items() if getattr(options, key) == value]):
-        with_what = f"--experiment={options.experiment}" if options.chain else flag(other[0])
-        parser.error(f"argument --continue-from: it does not go with {with_what}")
     kept = options.train and options.continue_from and options.continue_from.resolve()
     if kept and kept.name == options.name and options.checkpoint_dir.resolve() in kept.parents:
         parser.error(f"argument --continue-from: {kept} would be this run's own scholar: give it another name first")
     return options
 
 
-def check_replay(parser: utils.Parser, options: argparse.Namespace, recipe: dict[str, Any]) -> None:
+def check_combinations(parser: utils.Parser, options: argparse.Namespace, recipe: dict[str, Any]) -> None:
     """Refuse what can't be combined, and fill in targets and temperature if they are not given."""
     mode, targets = dgr.REPLAY_MODES[options.replay_mode], options.replay_targets
     if targets and (mode is None or targets not in mode.target_kinds):
@@ -194,33 +186,27 @@ def check_replay(parser: utils.Parser, options: argparse.Namespace, recipe: dict
         parser.error(f"argument --replay-targets: {targets} does not go with {options.replay_mode}, which {can}")
     if options.chain and (mode is None or mode in (dgr.LwF, dgr.Joint)):
         parser.error(f"argument --replay-mode: {options.experiment} learns from the last scholar's replay alone")
-    if mode is dgr.Joint:
-        options.importance_of_new_task = "auto"
-    conditional, several = options.generator_conditional, options.heads == "task"
-    if targets == "own" and not conditional:
+    if targets == "own" and not options.generator_conditional:
         parser.error("argument --replay-targets: own needs --generator-conditional")
-    if several and (conditional or options.chain):
-        other = "--generator-conditional" if conditional else f"--experiment={options.experiment}"
-        parser.error(f"argument --heads: task does not go with {other}")
-    if options.penalty != "none" and options.chain:
-        parser.error("argument --penalty: scholars of a chain start from scratch, so there is nothing to keep")
+    if options.on and not options.test:
+        parser.error("argument --on: it needs --test")
+    chain = {f"--experiment={options.experiment}": options.chain}
+    conditional = {"--generator-conditional": options.generator_conditional}
+    heads, penalty = {"--heads=task": options.heads == "task"}, {"--penalty=ewc": options.penalty == "ewc"}
+    measuring = {"--on": options.on, "--measure-generator": options.measure_generator}
+    continued, joint = {"--continue-from": options.continue_from}, {"--replay-mode=joint": mode is dgr.Joint}
+    for one, others in (
+        (heads, conditional | chain | measuring),
+        (penalty, chain),
+        (continued, heads | conditional | penalty | joint | chain),
+    ):
+        (name, given), other = *one.items(), next((name for name, given in others.items() if given), None)
+        if given and other:
+            parser.error(f"argument {name.split('=')[0]}: {name} does not go with {other}")
     given = options.temperature
     options.replay_targets, options.temperature = targets_and_temperature(mode, targets, given, recipe)
     if given is not None and options.replay_targets != "soft":
         parser.error("argument --temperature: it needs --replay-targets=soft")
-
-
-def check_machine(options: Options) -> None:
-    """Refuse what this machine can't do; not part of `parse`, which also lists runs for other machines."""
-    parser = make_parser()
-    if options.cuda_graphs and models.choose_device(gpus=not options.no_gpus).type != "cuda":
-        why = "not --no-gpus" if options.no_gpus else "and PyTorch finds none that has CUDA"
-        parser.error(f"argument --cuda-graphs: it needs a GPU, {why}")
-    if options.tensorboard:
-        try:
-            from torch.utils import tensorboard  # noqa: F401
-        except ImportError as error:
-            parser.error(f"argument --tensorboard: {utils.reason(error)}: pip install tensorboard")
 
 
 def run_training(options: Options) -> None:
@@ -279,8 +265,10 @@ def train_scholar(options: Options, tasks: list[data.Task], library: data.Librar
     config = utils.describe_run(options, [task.name for task in tasks], *where)
     config["data"] = {"checksums": library.checksums, "unverified": library.unverified}
     config["data"] |= {"scholar": data.checksum(options.continue_from)} if kept else {}
-    start = read_state(paths, config, options.deciding) if options.resume else None
-    classifier = models.load_classifier(tasks, options.data_dir) if options.measures_generator else None
+    decide, defaults = [*options.deciding, "recipe"], utils.plain(Options())
+    start = paths.read_state(config, decide, defaults) if options.resume else None
+    splits = [task.train for task in tasks]
+    classifier = models.load_classifier(splits, options.data_dir) if options.measures_generator else None
     if start is None:
         paths.rename_earlier()
     files = utils.RunFiles(paths.results, config, start and start["files"])
@@ -294,8 +282,7 @@ def train_scholar(options: Options, tasks: list[data.Task], library: data.Librar
 
     def save_scholar(scholar: dgr.Scholar) -> None:
         about = {"generator_trained": options.trains_generator, "options": config["options"], **shape}
-        about["learned"] = [*(before.earlier if before else []), *map(data.mark, tasks[: training.task])]
-        about["task"] = training.task
+        about["learned"] = (before.earlier if before else []) + [split.checksum for split in splits[: training.task]]
         utils.save_checkpoint(paths.scholar, scholar=scholar.state_dict(), **about)
         if options.keep_scholars:
             utils.save_checkpoint(paths.scholar_after(training.task), scholar=scholar.state_dict(), **about)
@@ -361,34 +348,6 @@ def make_observers(options: Options, tasks: int) -> list[utils.Observer]:
     return observers
 
 
-def read_state(paths: RunPaths, config: dict[str, Any], deciding: list[str]) -> dict[str, Any] | None:
-    """The last good state of an unfinished run, or None; raises UserError if its options or data differ.
-
-    Results in its directory that belong to another run are renamed.
-    """
-    if not paths.resumable:
-        return None
-    file, state = paths.last_state()
-    begun = state["files"]["config"]
-    stored = utils.plain(Options()) | begun["options"]
-    if changes := utils.differences(stored, config["options"], [*deciding, "recipe"]):
-        raise UserError(f"{file} belongs to a run with {changes}: use the same flags, or leave out --resume")
-    if utils.data_of(begun) != utils.data_of(config):
-        raise UserError(f"{file} belongs to a run on other data files: use the same ones, or leave out --resume")
-    if begun["data"].get("scholar") != config["data"].get("scholar"):
-        raise UserError(f"{file} continues from another scholar: use the same one, or leave out --resume")
-    if file != paths.state:  # or the next save would make the damaged state the previous one
-        paths.state.unlink(missing_ok=True)
-    begun["options"]["sample_dir"] = config["options"]["sample_dir"]  # where pictures go from now on
-    stored = paths.stored_config()
-    if paths.results.exists() and (not stored or stored["started"] != begun["started"]):  # another run's
-        paths.rename_earlier(paths.results)
-    for key in ("versions", "commit", "device", "dtype"):
-        if begun[key] != config[key]:
-            utils.warn(f"the run began with {key} {begun[key]}: the rest of it may differ a little")
-    return state
-
-
 def run_test(options: Options) -> None:
     """--test: draw samples and measure the generator; with --on, measure the solver on other images instead."""
     path = options.paths.scholar
@@ -412,13 +371,17 @@ def run_test(options: Options) -> None:
     images = models.sample_grid(scholar.generator, options.sample_size, options.seed)
     visual.save_samples(images, options.paths.drawn)
     print(f"samples: {options.paths.drawn}")
+    if options.samples_only:
+        return
     try:
-        library = data.Library(options.data_dir, device, options.unverified_data, download=False)
+        library = data.Library(options.data_dir, device, options.unverified_data, options.image_size, download=False)
         tasks = data.make_tasks(library, options)
-        classifier, learned = models.load_classifier(tasks, options.data_dir), tasks[: checkpoint.get("task")]
+        classifier = models.load_classifier([task.train for task in tasks], options.data_dir)
+        learned = [task for task in tasks if task.train.checksum in checkpoint["learned"]]
         shape = {key: checkpoint[key] for key in ("image_channels", "classes")}
         new_scholar = partial(models.make_scholar, **shape, options=options, compute_dtype=dtype)
-        measures = train.measure_generator(scholar, learned, classifier, new_scholar, options)
+        at_once = models.images_at_once(device)
+        measures = train.measure_generator(scholar, learned, classifier, new_scholar, options, at_once)
         print("\n".join(f"{name}: {np.round(value, 4)}" for name, value in measures.items()))
     except UserError as error:
         print(f"no measures of the generator: {error}")
@@ -426,7 +389,9 @@ def run_test(options: Options) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    check_machine(options)
+    models.check_machine(options)
+    if options.tensorboard:
+        visual.check_tensorboard()
     models.set_deterministic(options.deterministic)
     (run_training if options.train else run_test)(options)
 

@@ -28,10 +28,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import dgr
 import gan
 import utils
-from data import Split, Task
 from utils import UserError, load_checkpoint, option, reading, reason, save_checkpoint, warn
 
-HEADS = ("one", "task")
 DTYPES = (
     "number format of the networks; auto: bfloat16 where it is faster (CPUs with AMX, AMD with AVX512-BF16, GPUs with "
     "--cuda-graphs), tf32 on other GPUs"
@@ -96,7 +94,7 @@ class ScholarOptions:
         "one",
         "output layers: one for all classes, or one per task, which then has to be known",
         "networks",
-        choices=HEADS,
+        choices=("one", "task"),
     )
     lr: float = option(1e-4, "learning rate", low=0, above=True, group="optimiser (Adam, for all networks)")
     beta1: float = option(0.5, "decay rate of the gradient's mean", low=0, high=1, below=True)
@@ -337,10 +335,10 @@ class WGAN(dgr.Generator):
     def __init__(self, image_channels: int, options: ScholarOptions):
         """A conditional critic has a score per class: D(x, y) is linear in features of x (Miyato and Koyama 2018)."""
         z_size, shape = options.generator_z_size, {"image_channels": image_channels, "image_size": options.image_size}
-        told = options.generator_classes
-        net = generator_network(z_size=z_size + told, channel_size=options.generator_g_channel_size, **shape)
-        super().__init__(net, z_size, told)
-        self.critic = critic_network(channel_size=options.generator_c_channel_size, scores=told or 1, **shape)
+        classes = options.generator_classes
+        net = generator_network(z_size=z_size + classes, channel_size=options.generator_g_channel_size, **shape)
+        super().__init__(net, z_size, classes)
+        self.critic = critic_network(channel_size=options.generator_c_channel_size, scores=classes or 1, **shape)
         self.critic_updates = options.generator_c_updates_per_g_update
         self.penalty_weight = options.generator_lambda
         self.optimiser = options.optimiser(self.net)
@@ -391,12 +389,12 @@ class VAE(dgr.Generator):
 
     def __init__(self, image_channels: int, options: ScholarOptions):
         shape, z_size = (image_channels, options.image_size, options.image_size), options.generator_z_size
-        pixels, told = math.prod(shape), options.generator_classes
+        pixels, classes = math.prod(shape), options.generator_classes
         width = 16 * options.generator_g_channel_size
-        net = Network(*linear_layers(z_size + told, width, pixels), Sigmoid(), nn.Unflatten(1, shape))
-        super().__init__(net, z_size, told)
+        net = Network(*linear_layers(z_size + classes, width, pixels), Sigmoid(), nn.Unflatten(1, shape))
+        super().__init__(net, z_size, classes)
         # To the mean and the log variance of z.
-        self.encoder = Network(nn.Flatten(), *linear_layers(pixels + told, width, 2 * z_size))
+        self.encoder = Network(nn.Flatten(), *linear_layers(pixels + classes, width, 2 * z_size))
         self.optimiser = options.optimiser(self.net, self.encoder)
 
     def update(self, inputs: Callable[[], Any]) -> dict[str, Tensor]:
@@ -497,8 +495,9 @@ def make_scholar(
     compute_dtype: torch.dtype | None = None,
 ) -> dgr.Scholar:
     """A scholar that has learned nothing yet, on the CPU; tasks: for --heads=task; compute_dtype: see `Network`."""
-    heads, told = tasks if options.heads == "task" else 0, classes if options.generator_conditional else 0
-    options = replace(options, number_of_heads=heads, generator_classes=told)
+    counts = {"number_of_heads": tasks} if options.heads == "task" else {}
+    counts |= {"generator_classes": classes} if options.generator_conditional else {}
+    options = replace(options, **counts)
     generator = GENERATORS[options.generator](image_channels, options)
     scholar = dgr.Scholar(generator, SOLVERS[options.solver](image_channels, classes, options))
     for module in scholar.modules():
@@ -583,8 +582,7 @@ def sample_grid(generator: dgr.Generator, n: int, seed: int) -> Tensor:
     They have a random stream of their own, so looking does not change what is learned.
     """
     device = next(generator.parameters()).device
-    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-        torch.manual_seed(seed)  # of all devices, for generators that draw more than z
+    with utils.own_random_numbers(device, seed):  # for generators that draw more than z, too
         return generator.sample(n, torch.randn(n, generator.z_size).to(device))
 
 
@@ -598,6 +596,13 @@ def choose_device(*, gpus: bool = True) -> torch.device:
         if available:
             return torch.accelerator.current_accelerator()
     return torch.device("cpu")
+
+
+def check_machine(options: ScholarOptions) -> None:
+    """Refuse what this machine can't do; parsing does not, as it also lists runs for other machines."""
+    if options.cuda_graphs and choose_device(gpus=not options.no_gpus).type != "cuda":
+        why = "not --no-gpus" if options.no_gpus else "and PyTorch finds none that has CUDA"
+        raise UserError(f"argument --cuda-graphs: it needs a GPU, {why}; see --help", status=2)
 
 
 def unusable_gpu() -> str | None:
@@ -748,8 +753,8 @@ def classifier_network(image_channels: int, size: int, classes: int) -> Network:
     return Network(*layers, nn.Flatten(), features, nn.ReLU(inplace=True), nn.Linear(128, classes))
 
 
-def learn_classifier(network: nn.Module, splits: Sequence[Split]) -> None:
-    """Adam for two passes, in batches of about 128, with as many images of each split."""
+def learn_classifier(network: nn.Module, splits: Sequence[Any]) -> None:
+    """Learn from `data.Split`s: Adam for two passes, in batches of about 128, with as many images of each split."""
     steps = max(100, 2 * sum(map(len, splits)) // 128)
     adam = torch.optim.Adam(network.parameters())
     rates = torch.optim.lr_scheduler.OneCycleLR(adam, max_lr=3e-3, total_steps=steps)
@@ -760,23 +765,17 @@ def learn_classifier(network: nn.Module, splits: Sequence[Split]) -> None:
         rates.step()
 
 
-def load_classifier(tasks: Sequence[Task], data_dir: Path) -> Network:
-    """A classifier of the tasks' training images, all tasks together, in evaluation mode.
+def load_classifier(splits: Sequence[Any], data_dir: Path) -> Network:
+    """A classifier of the images of training splits (`data.Split`), all of them together, in evaluation mode.
 
     It is trained once, from random numbers of its own, and kept in data_dir/classifiers under the checksum of what it
     has learned. A damaged file is made again; where nothing can be written, the classifier is in memory alone.
     """
-    splits = list({id(task.train): task.train for task in tasks}.values())  # in a chain, all are the same
-    content = hashlib.md5()
-    for split in splits:
-        for part in (split.images, split.labels, split.permutation):
-            content.update(repr(part is None or part.shape).encode())
-            content.update(b"" if part is None else part.cpu().contiguous().numpy())
+    splits = list({split.checksum: split for split in splits}.values())  # in a chain, all are the same
+    content = hashlib.md5(" ".join(split.checksum for split in splits).encode())
     images, classes = splits[0].images, 1 + max(int(split.labels.max()) for split in splits)
     path = data_dir / "classifiers" / f"v{CLASSIFIER_VERSION}-{content.hexdigest()}"
-    devices = [images.device] if images.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(0)
+    with utils.own_random_numbers(images.device, 0):
         network = classifier_network(images.shape[1], images.shape[-1], classes).to(images.device)
         if path.exists():
             try:

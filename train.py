@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import dgr
-from data import Split, Task, mark
-from utils import Observer, UserError, number, option, out_of_memory
+from data import Split, Task
+from utils import Observer, UserError, number, option, out_of_memory, own_random_numbers
 
 
 def importance(text: str) -> float | str:
@@ -36,8 +36,8 @@ TARGETS = (
 class Before:
     """What a run continues from.
 
-    scholar: answers among all classes of the run. earlier: a mark (`data.mark`) for each task it has learned that is
-    not among the run's tasks. given: how many of them are, which the run's tasks then begin with.
+    scholar: answers among all classes of the run. earlier: the checksum of each task it has learned that is not among
+    the run's tasks. given: how many of them are, which the run's tasks then begin with.
     """
 
     scholar: dgr.Scholar
@@ -85,6 +85,12 @@ class TrainingOptions:
         return dgr.Targets(self.replay_targets, self.temperature)
 
     @property
+    def r(self) -> float | str:
+        """The setting of r: the replay mode's own, or the option."""
+        mode = dgr.REPLAY_MODES[self.replay_mode]
+        return (mode and mode.importance) or self.importance_of_new_task
+
+    @property
     def trains_generator(self) -> bool:
         mode = dgr.REPLAY_MODES[self.replay_mode]
         return self.sample_log or (mode is not None and mode.needs_generator)
@@ -92,6 +98,15 @@ class TrainingOptions:
     @property
     def measures_generator(self) -> bool:
         return self.measure_generator and self.trains_generator
+
+
+def unused(options: TrainingOptions) -> dict[str, str]:
+    """The options without effect beside this penalty and replay mode, and what takes it from them."""
+    mode = dgr.REPLAY_MODES[options.replay_mode]
+    found = {"penalty_weight": "--penalty=none"} if options.penalty == "none" else {}
+    if mode is not None and mode.importance:
+        found["importance_of_new_task"] = f"--replay-mode={options.replay_mode}"
+    return found
 
 
 def answers(
@@ -177,6 +192,9 @@ def forward_transfer(before: Sequence[float | None], untrained: Sequence[float |
     return sum(gains) / len(gains) if gains else None
 
 
+MEASURED = ("matrix", "task_incremental", "ahead", "generator_measures")  # what a training has measured, by attribute
+
+
 class Training:
     """A scholar, or a chain of them, on its way through the tasks.
 
@@ -218,7 +236,7 @@ class Training:
         self.matrix: Matrix = []
         self.task_incremental: Matrix = []  # the same, with each task's own classes as the only answers
         self.ahead: dict[str, list[float | None]] = {"before": [None], "untrained": [None] * len(tasks)}  # for transfer
-        self.of_generator: list[Measures | None] = []  # measures of the generator after each task
+        self.generator_measures: list[Measures | None] = []  # measures of the generator after each task
         penalty = dgr.PENALTIES[options.penalty]
         self.penalty = penalty and penalty(options.penalty_weight).to(next(self.scholar.parameters()).device)
 
@@ -232,7 +250,7 @@ class Training:
             "forward_transfer": forward_transfer(self.ahead["before"], self.ahead["untrained"]),
             "incremental_average": incremental_average(self.matrix),
             "task_incremental": self.task_incremental,
-            **({"generator": self.of_generator} if self.classifier is not None else {}),
+            **({"generator": self.generator_measures} if self.classifier is not None else {}),
         }
 
     def run(self) -> dict[str, Any]:
@@ -270,7 +288,7 @@ class Training:
             current, replay, r = self.replay, None, 1.0
         else:
             earlier = len(self.before.earlier) if self.before else 0
-            r = dgr.importance_of_new_task(options.importance_of_new_task, self.task + earlier)
+            r = dgr.importance_of_new_task(options.r, self.task + earlier)
             current, replay = self._data(self.task, heads=self.task), self.replay
         self.scholar.solver.begin_task(self.task, replays=replay is not None)
         settings: dict[str, Any] = {"r": r, "batch_size": options.batch_size}
@@ -292,7 +310,7 @@ class Training:
                 self._report("solver", iteration, self._precisions(subsets))
 
         self._measure(self.task)
-        self.of_generator.append(self._measure_generator() if self.classifier is not None else None)
+        self.generator_measures.append(self._measure_generator() if self.classifier is not None else None)
         if self.penalty is not None and self.task < len(self.tasks):
             self.penalty.remember(self.scholar.solver, current)
         self.save_scholar(self.scholar)
@@ -430,7 +448,7 @@ class Training:
         return {
             "task": self.task,
             "done": dict(self.done),
-            "measured": {key: getattr(self, key) for key in ("matrix", "task_incremental", "ahead", "of_generator")},
+            "measured": {key: getattr(self, key) for key in MEASURED},
             "penalty": None if self.penalty is None else self.penalty.state_dict(),
             "scholar": self.scholar.state_dict(),
             "optimisers": {name: optimiser.state_dict() for name, optimiser in optimisers(self.scholar).items()},
@@ -464,7 +482,7 @@ def continue_from(
     mode, learned = dgr.REPLAY_MODES[options.replay_mode], checkpoint.get("learned")
     if learned is None:
         raise UserError("--continue-from: this scholar does not say what it has learned: train it again")
-    given = len(learned) if learned == [mark(task) for task in tasks[: len(learned)]] else 0
+    given = len(learned) if learned == [task.train.checksum for task in tasks[: len(learned)]] else 0
     if given == len(tasks):
         raise UserError("--continue-from: this scholar has learned all of these tasks: name further ones after them")
     if mode is not None and not (mode.needs_generator or given):
@@ -529,8 +547,7 @@ def measure_generator(
     real, labels = map(torch.cat, zip(*(test.batch(slice(None)) for test in tests), strict=True))
     kinds = dgr.GenerativeReplay.target_kinds
     targets = options.targets if options.replay_targets in kinds else dgr.Targets(kinds[0])
-    with torch.random.fork_rng([real.device] if real.device.type == "cuda" else []):
-        torch.manual_seed(0)
+    with own_random_numbers(real.device, 0):
         replay = dgr.GenerativeReplay(scholar, [], targets)
         replay.block = images_at_once
         pairs = [replay.sample(len(part)) for part in labels.split(images_at_once)]

@@ -125,6 +125,13 @@ def address(text: str) -> str:
     return text
 
 
+def server_of(text: str, port: int) -> dict[str, Any]:
+    """The server, port and path of an address, by the names of visdom's arguments. port: if the address has none."""
+    scheme, host, own_port, path = ADDRESS.fullmatch(text).groups(default="")
+    own_port = own_port or (443 if scheme == "https" and port == 8097 else port)
+    return {"server": f"{scheme or 'http'}://{host}", "port": int(own_port), "base_url": path.rstrip("/")}
+
+
 @dataclass(frozen=True, kw_only=True)
 class FileOptions:
     seed: int = option(0, "random seed of everything but the permutations", low=0, group="seed and files")
@@ -375,6 +382,14 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def own_random_numbers(device: torch.device, seed: int) -> Iterator[None]:
+    """Draw random numbers from a seed, and leave training's random streams as they are."""
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        torch.manual_seed(seed)  # of all devices
+        yield
+
+
 CHECKPOINT_FORMAT = 6
 
 
@@ -489,6 +504,35 @@ class RunPaths:
                 except UserError as error:
                     warn(str(error))
         raise UserError(f"{self.state}: no good state is left; leave out --resume to start again")
+
+    def read_state(
+        self, config: dict[str, Any], deciding: Sequence[str], defaults: dict[str, Any]
+    ) -> dict[str, Any] | None:
+        """The last good state of an unfinished run, or None; raises UserError if its options or data differ.
+
+        config: the run's. deciding: the options that have to be the same. defaults: of options that an earlier version
+        did not have. Results in the run's directory that belong to another run are renamed.
+        """
+        if not self.resumable:
+            return None
+        file, state = self.last_state()
+        begun = state["files"]["config"]
+        if changes := differences(defaults | begun["options"], config["options"], deciding):
+            raise UserError(f"{file} belongs to a run with {changes}: use the same flags, or leave out --resume")
+        if data_of(begun) != data_of(config):
+            raise UserError(f"{file} belongs to a run on other data files: use the same ones, or leave out --resume")
+        if begun["data"].get("scholar") != config["data"].get("scholar"):
+            raise UserError(f"{file} continues from another scholar: use the same one, or leave out --resume")
+        if file != self.state:  # or the next save would make the damaged state the previous one
+            self.state.unlink(missing_ok=True)
+        begun["options"]["sample_dir"] = config["options"]["sample_dir"]  # where pictures go from now on
+        stored = self.stored_config()
+        if self.results.exists() and (not stored or stored["started"] != begun["started"]):  # another run's
+            self.rename_earlier(self.results)
+        for key in ("versions", "commit", "device", "dtype"):
+            if begun[key] != config[key]:
+                warn(f"the run began with {key} {begun[key]}: the rest of it may differ a little")
+        return state
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], keys: Iterable[str]) -> str:

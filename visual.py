@@ -10,6 +10,7 @@ Everything that is drawn after a run needs its files alone:
 """
 
 import contextlib
+import importlib
 import itertools
 import logging
 import os
@@ -164,9 +165,7 @@ class LivePlots(Observer):
         self._colours = ["#000000", *task_colours(len(run.tasks))]  # at 0, of an average or of all tasks
         name = run.name.replace("_", "-") + (f"-seed-{run.seed}" if run.seed else "")
         self._before = f"{name}: " if options.visdom_env else ""  # a title: others may use that environment too
-        scheme, host, port, path = utils.ADDRESS.fullmatch(options.visdom_server).groups(default="")
-        port = int(port or (443 if scheme == "https" and options.visdom_port == 8097 else options.visdom_port))
-        self._connection = {"server": f"{scheme or 'http'}://{host}", "port": port, "base_url": path.rstrip("/")}
+        self._connection = utils.server_of(options.visdom_server, options.visdom_port)
         self.address = "{server}:{port}{base_url}".format(**self._connection)
         self._connection["env"] = options.visdom_env or name
         self._curves: dict[str, dict[int, Curve]] = {"precision": {0 if self._many else 1: {}}}  # of each window
@@ -297,21 +296,27 @@ def connect(*, server: str, port: int, env: str, base_url: str = "") -> Any:
         def _handle_post(self, url: str, data: Any = None) -> str:
             try:
                 answer = post(url, data=data or {})
-                if answer.status_code == 400 and user and post(root, json=login).ok:  # visdom's own
+                # visdom's own: 0.2 answers 400 to who is not logged in, 0.3 answers 401.
+                if answer.status_code in (400, 401) and user and post(root, json=login).ok:
                     answer = post(url, data=data or {})
             except requests.RequestException as error:
                 causes = utils.causes(error)
-                scheme = "does http or https fit? " * bool(
-                    re.search("WRONG_VERSION|handshake|aborted", " ".join(map(str, causes)))
-                )
-                raise UserError(f"{scheme}{reason(causes[-1])}{proxy}") from error
-            if answer.status_code != 200:
-                raise UserError(
-                    f"it answers {answer.status_code} ({HINTS.get(answer.status_code, answer.reason)}){proxy}"
-                )
+                wrong_scheme = re.search("WRONG_VERSION|handshake|aborted", " ".join(map(str, causes)))
+                hint = "does http or https fit? " if wrong_scheme else ""
+                raise UserError(f"{hint}{reason(causes[-1])}{proxy}") from error
+            if (status := answer.status_code) != 200:
+                raise UserError(f"it answers {status} ({HINTS.get(status, answer.reason)}){proxy}")
             return answer.text
 
     return Client(server, port=port, base_url=base_url, env=env, use_incoming_socket=False, raise_exceptions=True)
+
+
+def check_tensorboard() -> None:
+    """Refuse --tensorboard before anything is learned if it is not installed."""
+    try:
+        importlib.import_module("torch.utils.tensorboard")
+    except ImportError as error:
+        raise UserError(f"argument --tensorboard: {reason(error)}: pip install tensorboard", status=2) from error
 
 
 class TensorBoard(Observer):
@@ -494,21 +499,17 @@ def samples_figure(settings: Sequence[Setting]) -> Figure | None:
 
 def generator_figure(settings: Sequence[Setting]) -> Figure | None:
     """What the generator knows after each task, where all seeds of a setting measured it (--measure-generator)."""
-    settings = [
-        setting for setting in settings if all(run.generator_measure("frechet_distance") for run in setting.shown)
-    ]
-    if not settings:
-        return None
     names = ("frechet_distance", "generator_precision", "generator_recall", "fitting_capacity")
+    if not (settings := [s for s in settings if all(run.generator_measure(names[0]) for run in s.shown)]):
+        return None
     figure, all_axes = panels(len(names), settings)
     for axes, name in zip(all_axes, names, strict=True):
         for setting, style in zip(settings, setting_styles(settings), strict=True):
             draw_band(axes, setting.curve(lambda run, name=name: run.generator_measure(name)), marker=".", **style)
-        axes.set(title=name.replace("_", " ").capitalize().replace("Fre", "Fré"), xlabel="after task")
+        limits = {"ylim": (0, None if name == names[0] else 1.01)}
+        axes.set(title=name.replace("_", " ").replace("frechet", "Fréchet"), xlabel="after task", **limits)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_ylim(0, None if name == names[0] else 1.01)
-    legend_below(figure, all_axes)
-    return figure
+    return legend_below(figure, all_axes)
 
 
 def save_animation(settings: Sequence[Setting], path: Path) -> bool:
@@ -534,13 +535,8 @@ def save_animation(settings: Sequence[Setting], path: Path) -> bool:
     return True
 
 
-FIGURES: dict[str, Callable[[Sequence[Setting]], Figure | None]] = {
-    "precision": precision_figure,
-    "average": average_figure,
-    "matrix": matrix_figure,
-    "samples": samples_figure,
-    "generator": generator_figure,
-}
+FIGURES = {"precision": precision_figure, "average": average_figure, "matrix": matrix_figure}
+FIGURES |= {"samples": samples_figure, "generator": generator_figure}
 
 
 def save_figures(runs: Sequence[Run], directory: Path) -> None:
@@ -581,35 +577,30 @@ def cells(setting: Setting) -> dict[str, str]:
     row |= {"replay mode": run.replay_mode, "flags": " ".join(run.flags)}
     seeds = ", ".join(str(run.seed) for run in setting.finished)
     row["seeds"] = seeds + (f" ({unfinished} not finished)" if unfinished else "")
-    digits = {"average_precision": 3, "forgetting": 3, "seconds": 0}
-    return row | {k.replace("_", " "): mean_sd([r.summary[k] for r in setting.finished], n) for k, n in digits.items()}
+    for name in ("average_precision", "forgetting", *utils.MEASURES, "seconds"):
+        values = [run.measure(name) for run in setting.finished]
+        row[name.replace("_", " ")] = "" if None in values else mean_sd(values, 0 if name == "seconds" else 3)
+    return row
 
 
 def markdown(rows: Sequence[dict[str, str]]) -> str:
-    """Rows with the same keys as a table in Markdown."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    """Rows with the same keys as a table in Markdown, without measures that no row has."""
+    measures = {name.replace("_", " ") for name in utils.MEASURES}
+    shown = [key for key in rows[0] if key not in measures or any(row[key] for row in rows)]
+    lines = [shown, ["---"] * len(shown), *([row[key] for key in shown] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def table(runs: Sequence[Run]) -> str:
-    """Means and standard deviations over seeds, in Markdown; of further measures, those that any of the runs has."""
-    settings = list(itertools.chain(*utils.group_runs(runs).values()))
-    rows = list(map(cells, settings))
-    for name in utils.MEASURES:
-        values = [[run.measure(name) for run in setting.finished] for setting in settings]
-        if any(value is not None for row in values for value in row):
-            for row, of_runs in zip(rows, values, strict=True):
-                row[name.replace("_", " ")] = "" if None in of_runs else mean_sd(of_runs, 3)
-    return markdown(rows)
+    """Means and standard deviations over seeds, in Markdown."""
+    return markdown(list(map(cells, itertools.chain(*utils.group_runs(runs).values()))))
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = utils.Parser(description="Tables and figures of runs, from their files.", allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=utils.to_path, metavar="RUN", help="result directory of one or many")
     parser.add_argument("--output", type=utils.to_path, metavar="FILE", help="their precision plots: .png, .svg, .pdf")
-    parser.add_argument(
-        "--figures", type=utils.to_path, metavar="DIR", help="all figures: EXPERIMENT-KIND.png and .svg"
-    )
+    parser.add_argument("--figures", type=utils.to_path, metavar="DIR", help="all figures, .png and .svg")
     parser.add_argument("--visdom", action="store_true", help="play the runs back on a visdom server")
     utils.add_options(parser, VisdomOptions)
     options = parser.parse_args(arguments)

@@ -219,7 +219,7 @@ def learn(variation: str, seed: int, flags: list[str], results: Path) -> utils.R
     place = results / "ablations" / variation.replace(" ", "-") / f"seed-{seed}"
     places = [f"--{kind}-dir={place / kind}" for kind in ("result", "checkpoint", "sample")]
     options = main.parse([*FLAGS, *flags, *other.flags, f"--seed={seed}", *places, "--resume", "--no-visdom"])
-    main.check_machine(options)
+    models.check_machine(options)
     values = {key: getattr(options, key) for key in other.times}
     options = dataclasses.replace(
         options, **{key: type(value)(other.times[key] * value) for key, value in values.items()}

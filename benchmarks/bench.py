@@ -333,7 +333,7 @@ def run() -> None:
     )
     here, flags = parser.parse_known_args()
     options = main.parse(["--train", *flags])
-    main.check_machine(options)
+    models.check_machine(options)
     if options.generator != "wgan":
         parser.error(f"argument --generator: there is no baseline for {options.generator} to compare with")
     if options.batch_size > IMAGES:

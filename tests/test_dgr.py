@@ -490,7 +490,7 @@ MAY_IMPORT = {
     "data": {"utils"},
     "visual": {"utils"},
     "train": {"data", "dgr", "utils"},
-    "models": {"data", "dgr", "gan", "utils"},
+    "models": {"dgr", "gan", "utils"},
     "main": {"data", "dgr", "models", "train", "utils", "visual"},
 }
 

@@ -90,8 +90,9 @@ import utils
 )
 def test_bad_usage_is_one_line_and_status_2(flags, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["main.py"])
     with pytest.raises(SystemExit) as stop:
-        main.check_machine(main.parse(flags))
+        utils.run_program(lambda: models.check_machine(main.parse(flags)))
     message = capsys.readouterr().err
     assert stop.value.code == 2 and message.count("\n") == 1 and message.startswith("main.py: error: ")
     for word in words:
@@ -295,7 +296,7 @@ def test_updates_of_every_recipe_can_be_graphs(recipe, monkeypatch):
     monkeypatch.setattr(models, "choose_device", lambda *, gpus: torch.device("cuda"))
     for experiment in data.EXPERIMENTS:
         options = parse(f"--recipe={recipe} --experiment={experiment} --cuda-graphs --lr-schedule=linear")
-        main.check_machine(options)
+        models.check_machine(options)
         assert options.cuda_graphs and options.lr_schedule == "linear"
 
 

@@ -489,7 +489,7 @@ class Stored(nn.Module):
 
 @pytest.fixture(scope="module")
 def classifier(small_mnist, tmp_path_factory):
-    return models.load_classifier(small_tasks(small_mnist, 1), tmp_path_factory.mktemp("kept"))
+    return models.load_classifier([task.train for task in small_tasks(small_mnist, 1)], tmp_path_factory.mktemp("kept"))
 
 
 def measure(small_mnist, images, classifier, **changes):
@@ -538,9 +538,9 @@ def test_measuring_does_not_change_what_is_learned(small_mnist, classifier, chan
     (plain, *rest), (measured, *same) = outcomes
     assert_same_state(plain, measured.state_dict())
     assert rest[:2] == same[:2] and torch.equal(rest[2], same[2])
-    assert len(training.of_generator) == 2 and None not in training.of_generator
+    assert len(training.generator_measures) == 2 and None not in training.generator_measures
     reported = {name: value for _, name, value in recorder.named("scalar", "test", 2) if "precision-" not in name}
-    assert reported == {name: value for name, value in training.of_generator[1].items() if name != "class_share"}
+    assert reported == {name: value for name, value in training.generator_measures[1].items() if name != "class_share"}
 
 
 def test_a_classifier_is_trained_once_for_the_same_training_images(small_mnist, tmp_path, capfd, monkeypatch):
@@ -548,23 +548,23 @@ def test_a_classifier_is_trained_once_for_the_same_training_images(small_mnist, 
     monkeypatch.setattr(models, "learn_classifier", lambda network, _: nn.init.normal_(network[0].weight))
     (task,) = small_tasks(small_mnist, 1)
     torch.manual_seed(1)
-    first = models.load_classifier([task], tmp_path)
+    first = models.load_classifier([task.train], tmp_path)
     assert torch.equal(torch.get_rng_state(), torch.Generator().manual_seed(1).get_state())
-    assert_same_state(models.load_classifier([data.Task("", task.train, task.train)] * 3, tmp_path), first.state_dict())
+    assert_same_state(models.load_classifier([task.train] * 3, tmp_path), first.state_dict())
     (path,) = (tmp_path / "classifiers").iterdir()
     assert capfd.readouterr().err.count("training the classifier") == 1
-    models.load_classifier(small_tasks(small_mnist, 2), tmp_path)
+    models.load_classifier([task.train for task in small_tasks(small_mnist, 2)], tmp_path)
     assert len(list((tmp_path / "classifiers").iterdir())) == 2
     path.write_bytes(path.read_bytes()[:2000])
-    assert_same_state(models.load_classifier([task], tmp_path), first.state_dict())
+    assert_same_state(models.load_classifier([task.train], tmp_path), first.state_dict())
     assert "is damaged: it is made again" in capfd.readouterr().err
-    again = models.load_classifier([task], tmp_path)
+    again = models.load_classifier([task.train], tmp_path)
     assert not capfd.readouterr().err and not any(module.training for module in again.modules())
 
 
 def test_a_classifier_that_cannot_be_kept_is_in_memory(small_mnist, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(models, "learn_classifier", lambda *_: None)
     (tmp_path / "classifiers").write_text("not a directory")
-    models.load_classifier(small_tasks(small_mnist, 1), tmp_path)
+    models.load_classifier([task.train for task in small_tasks(small_mnist, 1)], tmp_path)
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "can't be written" in line]
     assert "each run trains this classifier for itself" in line
