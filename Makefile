@@ -1,6 +1,7 @@
 # make demo     permuted MNIST with no, exact and generative replay, small enough for a laptop
 # make test     the tests                  make test-slow   the long ones, such as kills at random moments
 # make bench    how fast training is, beside the usual way of writing it
+# make gpu      what only a GPU can tell: tests, speed and runs, nine minutes a call (not run on a GPU yet)
 # make figures  arts/RESULTS.md and its figures, from the kept data
 # All of them make .venv first, with PYTHON (default: python3).
 
@@ -10,7 +11,7 @@ DEMO ?= --quick --seed 0
 # One test process for each core, each with one thread.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto
 
-.PHONY: demo test test-slow bench figures clean
+.PHONY: demo test test-slow bench gpu figures clean
 
 demo: .venv/installed
 	$(PY) run_full_experiments permutated-mnist $(DEMO)
@@ -25,6 +26,9 @@ test-slow: .venv/installed-dev
 
 bench: .venv/installed
 	$(PY) benchmarks/bench.py
+
+gpu: .venv/installed-dev
+	$(PY) benchmarks/gpu.py $(GPU)
 
 figures: .venv/installed
 	$(PY) arts/figures.py

@@ -4,6 +4,8 @@ import importlib.util
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -157,6 +159,50 @@ def test_benchmark_has_its_rows(tmp_path):
     for row in rows:
         assert set(row) > {"name", "device", "ours_ms", "baseline_ms", "ratio", "limit_share", "compute_dtype"}
         assert row["ratio"] == pytest.approx(row["baseline_ms"] / row["ours_ms"]) and 0 < row["limit_share"] < 1
+
+
+def test_what_is_for_a_gpu_works_in_tiny_form_on_a_cpu(tmp_path, small_mnist, monkeypatch, capsys):
+    """A call does what it has time for, the next one the rest, and what is left is small."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    gpu = importlib.import_module("gpu")
+    monkeypatch.setattr(gpu.bench, "IMAGES", 500)
+    monkeypatch.setattr(gpu.bench, "TEST_IMAGES", 50)
+    monkeypatch.setattr(gpu.bench, "peak_rates", lambda *_: (1e9, 1e9))
+    monkeypatch.setattr(gpu, "TESTS", ["-c", "print('1 passed')"])
+    monkeypatch.setitem(gpu.STEPS, "nine", ["noise-replay"])
+    monkeypatch.chdir(tmp_path)
+    data_sets = shutil.make_archive("data", "gztar", small_mnist)
+    flags = [f"--data-dir={data_sets}", "--repetitions=1", *TINY]
+
+    def call_for(*arguments):
+        monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments, *flags])
+        gpu.run()
+        return json.loads(Path("results/gpu/gpu.json").read_text())
+
+    found = call_for("tests", "nine", "--minutes=0.5")
+    assert found["tests passed"] and found["runs"]["nine"]["calls"] == 0 and found["speed"] == []
+    found = call_for("speed", "nine", "--minutes=5")
+    replay = [row for row in found["speed"] if row["name"] == "generator-update-replay"]
+    assert [(row["dtype"], row["batch_size"]) for row in replay] == [("float32", 8), ("float32", 32)]
+    assert all(row["kernels_ms"] > 0 and row["kernels"] > 100 for row in replay)
+    assert found["runs"]["nine"]["status"] == 0 and found["runs"]["nine"]["calls"] == 1
+    assert "nine: finished after" in capsys.readouterr().out
+    assert call_for("speed", "nine") == found  # all done
+    left = Path("results/gpu")
+    assert {file.name: file.stat().st_size < 1e5 for file in left.iterdir()} == dict.fromkeys(
+        ("gpu.json", "results.tgz", "tests.txt"), True
+    )
+    shutil.rmtree("results/gpu-runs")
+    assert call_for("nine") == found and Path("results/gpu-runs/results").exists()  # on another machine
+
+
+@pytest.mark.slow
+def test_only_tests_that_need_a_gpu_are_among_those_for_a_gpu(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    command = [sys.executable, *importlib.import_module("gpu").TESTS, "--collect-only"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    names = [line for line in process.stdout.splitlines() if "::" in line]
+    assert len(names) >= 6 and all("gpu" in name.split("::")[1] for name in names), process.stdout
 
 
 @pytest.mark.slow

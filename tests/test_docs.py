@@ -31,7 +31,8 @@ import visual
 
 MANUAL = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]  # whose commands and examples run
 PAGES = [*MANUAL, ROOT / "arts/RESULTS.md", ROOT / "benchmarks/README.md"]
-SCRIPTS = ["visual.py", "arts/figures.py", "benchmarks/bench.py", "benchmarks/ablations.py", "run_full_experiments"]
+SCRIPTS = ["visual.py", "arts/figures.py", "benchmarks/bench.py", "benchmarks/ablations.py"]
+SCRIPTS += ["benchmarks/gpu.py", "run_full_experiments"]
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("arts/*.py"), *ROOT.glob("benchmarks/*.py"), ROOT / "run_full_experiments"]
 # Flags of other programs that are named: TensorBoard, pip, SLURM.
 FOREIGN = {"--logdir", "--no-deps", "--array", "--gpus", "--wrap"}

@@ -510,6 +510,28 @@ def test_captured_updates_are_the_updates(parts, recordings):
     assert len(recordings) == len(captured.generator.captured) + 2  # another r, another graph
 
 
+@pytest.mark.parametrize("where", ["recordings", "gpu"])
+def test_a_recorded_update_follows_its_rate(where, request):
+    """Filled in place or loaded: with a rate of 0, nothing moves."""
+    given = request.getfixturevalue(where)
+    device = given if where == "gpu" else "cpu"
+    solver = small_scholar(cuda_graphs=True).to(device).solver
+    updates = dgr.learn_solver(solver, random_rows(device), None, r=1, iterations=99, batch_size=8)
+    group = solver.optimiser.param_groups[0]
+
+    def moves():
+        before = [p.clone() for p in solver.parameters()]
+        next(updates)
+        return not all(map(torch.equal, before, solver.parameters()))
+
+    assert all(moves() for _ in range(5)) and solver.learn._replay is not None
+    group["lr"].fill_(0)
+    assert not moves()
+    state = solver.optimiser.state_dict()
+    solver.optimiser.load_state_dict(state | {"param_groups": [state["param_groups"][0] | {"lr": 0.1}]})
+    assert moves()
+
+
 def test_only_graphs_make_the_rate_a_tensor(monkeypatch):
     """It is made on the device of the run, and stays the one that a graph reads when a state is loaded."""
     asked = []

@@ -147,7 +147,7 @@ def test_a_falling_rate_reaches_graphs_recorded_before_and_after_a_resume(
     assert len(recordings) > 3 and outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("graphs", [[], ["--cuda-graphs"]], ids=["eager", "captured"])
+@pytest.mark.parametrize("graphs", [[], ["--cuda-graphs", "--lr-schedule=linear"]], ids=["eager", "captured"])
 def test_a_run_on_a_gpu_is_cut_off_and_continues_there(tmp_path, small_mnist, monkeypatch, gpu, graphs):
     run_until(monkeypatch, 14, flags(tmp_path, small_mnist, *graphs))
     assert "continues at task 2" in run_here(flags(tmp_path, small_mnist, *graphs, "--resume"))
