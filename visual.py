@@ -25,30 +25,21 @@ from dataclasses import dataclass
 from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
-
-if backend := os.environ.pop("MPLBACKEND", ""):  # a notebook's may not be installed here, and no figure needs one
-    import matplotlib
-
-    with contextlib.suppress(ValueError):
-        os.environ["MPLBACKEND"] = matplotlib.rcParams["backend"] = backend
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import cm, colormaps, colors, font_manager, rc_context, rcParams
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import Tensor
-from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import utils
 from utils import MODES, PRECISION, Curve, Observer, Run, Setting, UserError, atomic_write, option, reason, warn
 
-# Titles hold names of files, and those may have dollars.
-rcParams.update({"text.parse_math": False, "axes.titlesize": "medium", "figure.titlesize": "medium"})
+if TYPE_CHECKING:  # these take a second or two, so they are imported when something is drawn
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 CJK = re.compile("CJK|Han Sans|Hei|Gothic|Nanum|Hiragino|PingFang|Unifont")  # fonts with what matplotlib's own lacks
-rcParams["font.family"] += sorted({font.name for font in font_manager.fontManager.ttflist if CJK.search(font.name)})
 warn_once = cache(warn)
 for name in ("visdom", "urllib3", "matplotlib.font_manager"):  # which say what warnings here say better
     logging.getLogger(name).setLevel(logging.ERROR)
@@ -66,7 +57,12 @@ COLOUR_OF_MODE = dict(zip(MODES, (0, 1, 2, 3, 7, 8), strict=True))
 
 def task_colours(tasks: int) -> list[str]:
     """The colours of task 1, 2, ..., the same in every figure."""
-    return TASK_COLOURS if tasks <= FEW else list(map(colors.to_hex, colormaps["viridis"](np.linspace(0, 0.93, tasks))))
+    if tasks <= FEW:
+        return TASK_COLOURS
+    set_up_matplotlib()
+    from matplotlib import colormaps, colors
+
+    return list(map(colors.to_hex, colormaps["viridis"](np.linspace(0, 0.93, tasks))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +114,8 @@ class Progress(Observer):
 
 def save_samples(images: Tensor, path: Path) -> None:
     """Save images (n, channels, height, width) float in [0, 1] as one picture, six per row."""
+    from torchvision.utils import save_image
+
     with atomic_write(path, "wb") as file:
         save_image(images.cpu(), file, nrow=IMAGES_PER_ROW, format=Image.registered_extensions()[path.suffix])
 
@@ -347,6 +345,8 @@ class TensorBoard(Observer):
             self._try(lambda: self._writer.add_scalar("average-precision", sum(values.values()) / len(values), at))
 
     def images(self, task: int, iteration: int, images: Tensor) -> None:
+        from torchvision.utils import make_grid
+
         at, grid = (task - 1) * self._run.lengths["generator"] + iteration, make_grid(images.cpu(), IMAGES_PER_ROW)
         self._try(lambda: self._writer.add_image("samples", grid, at))
 
@@ -362,7 +362,27 @@ class TensorBoard(Observer):
             warn(f"TensorBoard: {reason(error)}; training goes on, and --resume writes these files again")
 
 
-def draw_band(axes: Axes, curve: tuple[np.ndarray, np.ndarray, np.ndarray], **style: Any) -> None:
+@cache
+def set_up_matplotlib() -> None:
+    backend = os.environ.pop("MPLBACKEND", "")  # a notebook's may not be installed here, and no figure needs one
+    from matplotlib import font_manager, rcParams
+
+    if backend:
+        with contextlib.suppress(ValueError):
+            os.environ["MPLBACKEND"] = rcParams["backend"] = backend
+    # Titles hold names of files, and those may have dollars.
+    rcParams.update({"text.parse_math": False, "axes.titlesize": "medium", "figure.titlesize": "medium"})
+    rcParams["font.family"] += sorted({font.name for font in font_manager.fontManager.ttflist if CJK.search(font.name)})
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    set_up_matplotlib()
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def draw_band(axes: "Axes", curve: tuple[np.ndarray, np.ndarray, np.ndarray], **style: Any) -> None:
     """A curve, and for several seeds a band of one standard deviation on each side."""
     xs, mean, deviation = curve
     axes.plot(xs, mean, **{"linewidth": 1.6} | style)
@@ -370,7 +390,7 @@ def draw_band(axes: Axes, curve: tuple[np.ndarray, np.ndarray, np.ndarray], **st
         axes.fill_between(xs, mean - deviation, mean + deviation, color=style["color"], alpha=0.2, linewidth=0)
 
 
-def draw_task_boundaries(axes: Axes, settings: Sequence[Setting]) -> None:
+def draw_task_boundaries(axes: "Axes", settings: Sequence[Setting]) -> None:
     """A dotted line where each task begins, unless the settings differ in that."""
     runs = [setting.first for setting in settings]
     lengths, tasks = {run.lengths["solver"] for run in runs}, max(len(run.tasks) for run in runs)
@@ -381,11 +401,11 @@ def draw_task_boundaries(axes: Axes, settings: Sequence[Setting]) -> None:
     axes.grid(axis="y", color="0.92")
 
 
-def panels(n: int, settings: Sequence[Setting], height: float = 3.4, width: float = 3.8) -> tuple[Figure, list[Axes]]:
+def panels(n: int, settings: Sequence[Setting], height: float = 3.4, width: float = 3.8) -> "tuple[Figure, list[Axes]]":
     """A figure with n plots, at most four in a row, and a title for the settings."""
     rows = -(-n // 4)
     columns = -(-n // rows)
-    figure = Figure(figsize=(width + 3.0 * (columns - 1), height * rows), layout="constrained")
+    figure = new_figure(width + 3.0 * (columns - 1), height * rows)
     figure.suptitle(textwrap.fill(figure_title(settings), int(11 * figure.get_figwidth())))
     return figure, [figure.add_subplot(rows, columns, number + 1) for number in range(n)]
 
@@ -398,7 +418,7 @@ def figure_title(settings: Sequence[Setting]) -> str:
     return " · ".join(part for part in [*title, *sorted({run.data_note for run in runs})] if part)
 
 
-def legend_below(figure: Figure, all_axes: Sequence[Axes]) -> Figure:
+def legend_below(figure: "Figure", all_axes: "Sequence[Axes]") -> "Figure":
     """One legend for all plots, taken from the plot with most curves, in as many rows as it takes."""
     handles, labels = max((axes.get_legend_handles_labels() for axes in all_axes), key=lambda found: len(found[0]))
     labels = [textwrap.fill(label, 64) for label in labels]
@@ -409,7 +429,7 @@ def legend_below(figure: Figure, all_axes: Sequence[Axes]) -> Figure:
     return figure
 
 
-def precision_figure(settings: Sequence[Setting]) -> Figure:
+def precision_figure(settings: Sequence[Setting]) -> "Figure":
     """Precision on each task over solver iterations, a panel for each setting."""
     figure, all_axes = panels(len(settings), settings)
     several = len({setting.first.experiment for setting in settings}) > 1
@@ -431,6 +451,8 @@ def precision_figure(settings: Sequence[Setting]) -> Figure:
         if not axes.get_subplotspec().is_first_col():
             axes.set(ylabel="", yticklabels=[])
     if tasks > MANY:
+        from matplotlib import cm, colors
+
         scale = cm.ScalarMappable(colors.Normalize(1, tasks), colors.ListedColormap(colours))
         figure.colorbar(scale, ax=all_axes, label="task")
     return legend_below(figure, all_axes)
@@ -448,7 +470,7 @@ def setting_styles(settings: Sequence[Setting]) -> list[dict[str, Any]]:
     return styles
 
 
-def average_figure(settings: Sequence[Setting]) -> Figure:
+def average_figure(settings: Sequence[Setting]) -> "Figure":
     """Average precision on the tasks so far, all settings in one plot."""
     figure, (axes,) = panels(1, settings, height=4, width=6.4)
     for setting, style in zip(settings, setting_styles(settings), strict=True):
@@ -458,7 +480,7 @@ def average_figure(settings: Sequence[Setting]) -> Figure:
     return legend_below(figure, [axes])
 
 
-def matrix_figure(settings: Sequence[Setting]) -> Figure | None:
+def matrix_figure(settings: Sequence[Setting]) -> "Figure | None":
     """The precision matrix of each setting: on task j after task i, whole test sets; None if no run is finished."""
     if not (settings := [setting for setting in settings if setting.finished]):
         return None
@@ -476,13 +498,13 @@ def matrix_figure(settings: Sequence[Setting]) -> Figure | None:
     return figure
 
 
-def samples_figure(settings: Sequence[Setting]) -> Figure | None:
+def samples_figure(settings: Sequence[Setting]) -> "Figure | None":
     """What the generator draws from the same noise after each task, a row for each setting that kept samples."""
     if not (shown := [(setting, samples) for setting in settings if (samples := setting.first.kept_samples())]):
         return None
     last = max(len(setting.first.tasks) for setting, _ in shown)
     tasks = np.linspace(1, last, min(last, 10)).round().astype(int).tolist()
-    figure = Figure(figsize=(0.4 + 2.2 * len(tasks), 0.6 + 2.4 * len(shown)), layout="constrained")
+    figure = new_figure(0.4 + 2.2 * len(tasks), 0.6 + 2.4 * len(shown))
     title = f"{figure_title([setting for setting, _ in shown])}: samples after each task"
     figure.suptitle(textwrap.fill(title, int(11 * figure.get_figwidth())))
     for axes_row, (setting, samples) in zip(figure.subplots(len(shown), len(tasks), squeeze=False), shown, strict=True):
@@ -497,10 +519,10 @@ def samples_figure(settings: Sequence[Setting]) -> Figure | None:
     return figure
 
 
-def generator_figure(settings: Sequence[Setting]) -> Figure | None:
+def generator_figure(settings: Sequence[Setting]) -> "Figure | None":
     """What the generator knows after each task, where all seeds of a setting measured it (--measure-generator)."""
     names = ("frechet_distance", "generator_precision", "generator_recall", "fitting_capacity")
-    if not (settings := [s for s in settings if all(run.generator_measure(names[0]) for run in s.shown)]):
+    if not (settings := [setting for setting in settings if setting.measures_generator]):
         return None
     figure, all_axes = panels(len(names), settings)
     for axes, name in zip(all_axes, names, strict=True):
@@ -549,8 +571,10 @@ def save_figures(runs: Sequence[Run], directory: Path) -> None:
         save_animation(settings, directory / f"{experiment}.gif")
 
 
-def write_figure(figure: Figure, path: Path) -> None:
+def write_figure(figure: "Figure", path: Path) -> None:
     """Save a figure; the same figure always gives the same file."""
+    from matplotlib import rc_context
+
     path.parent.mkdir(parents=True, exist_ok=True)
     style, catch = rc_context({"svg.hashsalt": "dgr", "svg.fonttype": "none"}), warnings.catch_warnings(record=True)
     with style, utils.naming(path), catch as caught:

@@ -40,7 +40,8 @@ from utils import MODES, Run, Setting, UserError, flag  # noqa: E402
 SUMMARY = ("average_precision", "forgetting", "precision", "seconds")
 OPTIONS = ("generator_iterations", "solver_iterations", "test_size")
 VERSIONS = ("python", "torch", "torchvision", "numpy")
-AS_JSON = ("precision", "data", "tasks", "command")
+AS_JSON = ("precision", "measures", "data", "tasks", "command")
+FURTHER = (*utils.MEASURES, "generator")  # what summary.json has of these; earlier runs have none
 MEASURED = ("phase", "task", "iteration", "name", "value")
 VARIATION = "variation="  # what benchmarks/ablations.py puts before a variation's name, among the flags
 
@@ -51,6 +52,7 @@ def to_row(run: Run) -> dict[str, str]:
     row |= {"replay_mode": run.replay_mode, "recipe": run.recipe}
     row["flags"] = " ".join(flag for flag in run.flags if not flag.startswith(VARIATION))
     row |= {"seed": run.seed} | {key: run.summary[key] for key in SUMMARY}
+    row["measures"] = {key: run.summary[key] for key in FURTHER if key in run.summary}
     row |= {key: run.config[key] for key in ("device", "dtype", "commit", "data", "tasks")}
     row |= {key: run.options[key] for key in OPTIONS} | {key: run.config["versions"][key] for key in VERSIONS}
     row |= {"started": run.config["started"], "command": run.config["command"]}
@@ -60,12 +62,12 @@ def to_row(run: Run) -> dict[str, str]:
 
 def to_run(row: dict[str, str], measured: Sequence[dict[str, str]], samples: Path) -> Run:
     """The run of a row of runs.csv. samples: the directory with the unpacked pictures."""
-    config: dict[str, Any] = row | {key: json.loads(row[key]) for key in AS_JSON}
+    config: dict[str, Any] = row | {key: json.loads(row.get(key, "{}")) for key in AS_JSON}
     config |= {"name": row["run"], "seed": int(row["seed"]), "flags": row["flags"].split()}
     config["flags"] += [VARIATION + row["variation"]] if row["variation"] else []
     config["versions"] = {key: row[key] for key in VERSIONS}
     config["options"] = {"sample_dir": samples} | {key: int(row[key]) for key in OPTIONS}
-    summary = {key: config[key] if key in AS_JSON else float(row[key]) for key in SUMMARY}
+    summary = {key: config[key] if key in AS_JSON else float(row[key]) for key in SUMMARY} | config["measures"]
     return Run(Path(row["run"]), config, summary, measured)
 
 
@@ -226,6 +228,13 @@ def overview(experiments: dict[str, dict[str, list[Setting]]]) -> str:
     return visual.markdown([dict(zip(["experiment", "recipe", *MODES], row, strict=True)) for row in rows])
 
 
+def write_picture(figure: Any, name: str, title: str) -> list[str]:
+    path = ARTS / f"{name}.png"
+    visual.write_figure(figure, path)
+    Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    return [f"![{title}]({path.name})", ""]
+
+
 def draw(experiment: str, name: str, settings: list[Setting]) -> list[str]:
     """Draw the figures of settings shown together. Returns their lines in RESULTS.md."""
     utils.label(settings)
@@ -233,11 +242,7 @@ def draw(experiment: str, name: str, settings: list[Setting]) -> list[str]:
     chain = settings[0].first.summary["precision"][-1][0] is None
     for kind, title in KINDS.items():
         figure = None if chain and kind == "average" else visual.FIGURES[kind](settings)  # the two would be the same
-        if figure is not None:
-            path = ARTS / f"{stem}-{kind}.png"
-            visual.write_figure(figure, path)
-            Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
-            text += [f"![{experiment}: {title}]({path.name})", ""]
+        text += write_picture(figure, f"{stem}-{kind}", f"{experiment}: {title}") if figure else []
     if visual.save_animation(settings, ARTS / f"{stem}.gif"):
         text += [f"![{experiment}: samples through training]({stem}.gif)", ""]
     if chain:
@@ -353,6 +358,11 @@ def draw_all(runs: list[Run]) -> None:
         sections += [title, "", visual.markdown([row_of(setting) for setting in chosen]) if chosen else "", ""]
         for name, group in shown[experiment].items():
             sections += draw(experiment, name, group)
+        if measured := [setting for setting in settings if setting.measures_generator]:
+            utils.label(measured)
+            title, picture = f"{experiment}: what the generator knows after each task", f"{experiment}-generator"
+            sections += [f"### {experiment}, the generator", ""]
+            sections += write_picture(visual.generator_figure(measured), picture, title)
         others += (
             [f"### Other settings: {experiment}", "", visual.markdown([row_of(s) for s in rest]), ""] if rest else []
         )

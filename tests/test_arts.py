@@ -94,7 +94,9 @@ def test_a_kept_run_has_its_numbers_and_pictures_and_no_path(figures, finished, 
     figures.run(["--keep", str(finished)])
     kept = figures.read_kept(finished.parent / "kept")[-1]
     run = utils.Run.read(finished)
-    assert kept.summary == {key: run.summary[key] for key in utils.SUMMARY_KEYS}
+    keys = [*utils.SUMMARY_KEYS, *figures.FURTHER]
+    assert kept.summary == {key: run.summary[key] for key in keys if key in run.summary}
+    assert kept.measure("backward_transfer") is not None
     assert kept.setting == run.setting and kept.seed == run.seed == 0
     precisions = [row for row in run.rows if row["name"].startswith("precision-")]
     assert precisions and [row for row in kept.rows if row["name"].startswith("precision-")] == precisions
