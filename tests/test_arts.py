@@ -170,7 +170,6 @@ def test_what_is_for_a_gpu_works_in_tiny_form_on_a_cpu(tmp_path, small_mnist, mo
     monkeypatch.setattr(gpu.bench, "IMAGES", 500)
     monkeypatch.setattr(gpu.bench, "TEST_IMAGES", 50)
     monkeypatch.setattr(gpu.bench, "peak_rates", lambda *_: (1e9, 1e9))
-    monkeypatch.setattr(gpu, "TESTS", ["-c", "print('1 passed')"])
     monkeypatch.setitem(gpu.STEPS, "nine", ["noise-replay"])
     monkeypatch.chdir(tmp_path)
     data_sets = shutil.make_archive("data", "gztar", small_mnist)
@@ -181,6 +180,10 @@ def test_what_is_for_a_gpu_works_in_tiny_form_on_a_cpu(tmp_path, small_mnist, mo
         gpu.run()
         return json.loads(Path("results/gpu/gpu.json").read_text())
 
+    monkeypatch.setattr(gpu, "TESTS", ["-c", "print('1 passed, 7 skipped')"])
+    assert not call_for("tests", "--minutes=0.5")["tests passed"]  # they need a GPU
+    monkeypatch.setattr(gpu, "TESTS", ["-c", "print('1 passed')"])
+    Path("results/gpu/gpu.json").unlink()
     found = call_for("tests", "nine", "--minutes=0.5")
     assert found["tests passed"] and found["runs"]["nine"]["calls"] == 0 and found["speed"] == []
     found = call_for("speed", "nine", "--minutes=5")
