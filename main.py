@@ -54,7 +54,7 @@ IN_NAMES = {"heads": "task-heads", "generator_conditional": "conditional"}  # of
 @dataclass(frozen=True, kw_only=True)
 class Actions:
     train: bool = option(False, "train a scholar on tasks", None, exclusive="required", group="action (required)")
-    test: bool = option(False, "draw samples from a trained scholar (same flags)", None, exclusive="required")
+    test: bool = option(False, "draw from a trained scholar and measure it (same flags)", None, exclusive="required")
     samples_only: bool = option(False, "with --test: draw samples, and measure nothing", None)
     on: str | None = option(
         None, "with --test: measure it on these images", None, parse=data.task_source, metavar="TASK"
@@ -188,17 +188,20 @@ def check_combinations(parser: utils.Parser, options: argparse.Namespace, recipe
         parser.error(f"argument --replay-mode: {options.experiment} learns from the last scholar's replay alone")
     if targets == "own" and not options.generator_conditional:
         parser.error("argument --replay-targets: own needs --generator-conditional")
-    if options.on and not options.test:
-        parser.error("argument --on: it needs --test")
+    for key in ("on", "samples_only"):
+        if getattr(options, key) and not options.test:
+            parser.error(f"argument {flag(key)}: it needs --test")
     chain = {f"--experiment={options.experiment}": options.chain}
     conditional = {"--generator-conditional": options.generator_conditional}
-    heads, penalty = {"--heads=task": options.heads == "task"}, {"--penalty=ewc": options.penalty == "ewc"}
-    measuring = {"--on": options.on, "--measure-generator": options.measure_generator}
+    heads = {"--heads=task": options.heads == "task"}
+    penalty = {f"--penalty={options.penalty}": options.penalty != "none"}
+    on, measuring = {"--on": options.on}, {"--measure-generator": options.measure_generator}
     continued, joint = {"--continue-from": options.continue_from}, {"--replay-mode=joint": mode is dgr.Joint}
     for one, others in (
-        (heads, conditional | chain | measuring),
+        (heads, conditional | chain | on | measuring),
         (penalty, chain),
-        (continued, heads | conditional | penalty | joint | chain),
+        ({"--samples-only": options.samples_only}, on),
+        (continued, heads | conditional | penalty | joint | chain | measuring),
     ):
         (name, given), other = *one.items(), next((name for name, given in others.items() if given), None)
         if given and other:
@@ -314,9 +317,8 @@ def train_scholar(options: Options, tasks: list[data.Task], library: data.Librar
                 done = ", ".join(f"{phase} {count}" for phase, count in training.done.items())
                 print(f"{options.name} continues at task {training.task}; iterations done: {done}")
             measures = training.run()
-        summary = files.write_summary(
-            **{key: config[key] for key in ("experiment", "replay_mode", "recipe", "seed")}, **measures
-        )
+        about = {key: config[key] for key in ("experiment", "replay_mode", "recipe", "seed")}
+        summary = files.write_summary(**about, **measures)
     finally:
         for observer in observers:
             observer.close()
@@ -362,8 +364,7 @@ def run_test(options: Options) -> None:
         test, file = task.test, options.paths.answers(Path(options.on).stem)
         answers = train.answers(scholar.solver, test, models.images_at_once(device))
         right = (answers == test.labels).double().mean().item()
-        columns = {"image": range(len(test)), "label": test.labels.tolist(), "answer": answers.tolist()}
-        utils.write_csv(file, columns)
+        utils.write_csv(file, {"image": range(len(test)), "label": test.labels.tolist(), "answer": answers.tolist()})
         print(f"precision on {task.name}: {right:.4f} of {len(test)} test images\nanswers: {file}")
         return
     if not checkpoint["generator_trained"]:
@@ -374,10 +375,12 @@ def run_test(options: Options) -> None:
     if options.samples_only:
         return
     try:
+        if options.heads == "task":
+            raise UserError("with --heads=task, a replayed image has a label for each task")
         library = data.Library(options.data_dir, device, options.unverified_data, options.image_size, download=False)
-        tasks = data.make_tasks(library, options)
+        tasks = data.same_channels(data.make_tasks(library, options), checkpoint["image_channels"])
+        learned = train.learned_tasks(checkpoint, tasks)
         classifier = models.load_classifier([task.train for task in tasks], options.data_dir)
-        learned = [task for task in tasks if task.train.checksum in checkpoint["learned"]]
         shape = {key: checkpoint[key] for key in ("image_channels", "classes")}
         new_scholar = partial(models.make_scholar, **shape, options=options, compute_dtype=dtype)
         at_once = models.images_at_once(device)

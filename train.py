@@ -26,7 +26,7 @@ def importance(text: str) -> float | str:
 
 
 TARGETS = (
-    "labels of replayed images: true labels (exact replay only), the old solver's class (hard) or its probabilities "
+    "labels of replayed images: true ones (exact-replay, joint), the old solver's class (hard) or its probabilities "
     "(soft), a conditional generator's own class (own) (default: true for exact-replay and joint, soft for lwf, else "
     "hard; recipes other than 2017: soft for hard)"
 )
@@ -527,6 +527,14 @@ def optimisers(scholar: dgr.Scholar) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------ measures of a generator
 
 
+def learned_tasks(checkpoint: dict[str, Any], tasks: Sequence[Task]) -> list[Task]:
+    """The tasks that a kept scholar has learned; raises UserError if it has learned from other data, too."""
+    learned = set(checkpoint.get("learned", [None]))
+    if learned - {task.train.checksum for task in tasks}:
+        raise UserError("the scholar has learned from other data than those of these flags")
+    return [task for task in tasks if task.train.checksum in learned]
+
+
 def measure_generator(
     scholar: dgr.Scholar,
     tasks: Sequence[Task],
@@ -540,8 +548,6 @@ def measure_generator(
     docs/running.md defines the measures. They have a random stream of their own and leave the scholar as it is.
     classifier: from images to class scores; what its last layer sees are the features (n, d).
     """
-    if options.heads == "task":
-        raise UserError("with --heads=task, a replayed image has a label for each task")
     tests = [task.test for task in (tasks[-1:] if options.chain else tasks)]
     tests = [test.subset(max(1, options.measured_images // len(tests))) for test in tests]
     real, labels = map(torch.cat, zip(*(test.batch(slice(None)) for test in tests), strict=True))

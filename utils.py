@@ -26,7 +26,6 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -391,7 +390,7 @@ def own_random_numbers(device: torch.device, seed: int) -> Iterator[None]:
         yield
 
 
-CHECKPOINT_FORMAT = 6
+CHECKPOINT_FORMAT = 7
 
 
 def save_checkpoint(path: Path, *, keep_previous: bool = False, **content: Any) -> None:
@@ -578,7 +577,9 @@ def plain(options: Any) -> dict[str, Any]:
 
 def describe_run(options: Any, tasks: Sequence[str], device: str, dtype: str) -> dict[str, Any]:
     """What it takes to repeat a run, besides its data: the content of its config.json."""
-    versions = {"torch": str(torch.__version__), "torchvision": version("torchvision"), "numpy": np.__version__}
+    import torchvision  # which has read the data by now
+
+    versions = {module.__name__: str(module.__version__) for module in (torch, torchvision, np)}
     return {
         "name": options.name,
         "command": sys.argv,

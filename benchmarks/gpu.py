@@ -15,10 +15,12 @@ made by `tar -czf data.tgz -C datasets .`, which --data-dir takes. Steps, in thi
     nine                the nine runs of run_full_experiments
 
 Marks: with graphs, a generator update with replay is at least 10 times as fast as the baseline's and takes at most
-twice as long as its kernels; the nine runs take at most 20 minutes. In --output are gpu.json, tests.txt and
-results.tgz (the files of the runs without their scholars, from which a later call on another machine goes on).
+twice as long as its kernels; the nine runs take at most 20 minutes. In --output are gpu.json, tests.txt and, small
+enough to carry, results.tgz with the results and samples of the runs. Only where their scholars are, in --runs, can
+unfinished runs go on; elsewhere, their step begins again.
 """
 
+import gc
 import itertools
 import json
 import os
@@ -62,7 +64,7 @@ class Session:
         models.set_deterministic(self.options.deterministic)
         self.device = models.choose_device(gpus=not self.options.no_gpus)
         machine = {"device": models.device_name(self.device), "torch": torch.__version__, "commit": utils.commit()}
-        machine["cudnn"] = torch.backends.cudnn.version()
+        machine |= {"cudnn": torch.backends.cudnn.version(), "flags": flags}
         file = output / "gpu.json"
         self.found = json.loads(file.read_text()) if file.exists() else {"speed": [], "runs": {}}
         if self.found.setdefault("machine", machine) != machine:
@@ -93,31 +95,52 @@ class Session:
         on_gpu = self.device.type == "cuda"
         batches = self.options.batch_size, 4 * self.options.batch_size
         # Graphs last: if one can't be recorded, the GPU may be of no use to this process afterwards.
-        for graphs, batch, autotune, dtype in itertools.product((False, True), batches, (False, True), FORMATS):
-            way = {"dtype": dtype, "batch_size": batch, "cuda_graphs": graphs, "autotune": autotune}
-            done = any(way.items() <= row.items() for row in self.found["speed"])
-            if done or (graphs and not self.graphs) or (not on_gpu and (autotune or dtype != "float32")):
+        every = itertools.product((False, True), batches, (False, True), FORMATS)
+        ways = [dict(zip(("cuda_graphs", "batch_size", "autotune", "dtype"), way, strict=True)) for way in every]
+        ways = [way for way in ways if on_gpu or (not way["autotune"] and way["dtype"] == "float32")]
+        for way in sorted(ways, key=lambda way: bool(self.rows(way))):  # those that failed before come last
+            if any(row["name"] != "failed" for row in self.rows(way)) or (way["cuda_graphs"] and not self.graphs):
                 continue
             if self.left < 30:
-                return
-            print(f"\n{dtype}, batch {batch}, {'graphs' if graphs else 'eager'}{', autotuned' if autotune else ''}")
-            flags = [f"--dtype={dtype}", f"--batch-size={batch}", *self.graphs[:graphs]]
-            torch.backends.cudnn.benchmark = autotune
+                break
+            print(f"\n{describe(way)}")
+            self.keep(way, [{"name": "failed", "error": "the process ended"}])
+            flags = [f"--dtype={way['dtype']}", f"--batch-size={way['batch_size']}"]
+            torch.backends.cudnn.benchmark = way["autotune"]
+            gc.collect()  # networks and their graphs refer to each other
             if on_gpu:
+                torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             try:
-                options = main.parse(["--train", *self.flags, *flags])
-                rows, kernels = bench.measure(options, repetitions), kernels_of(options, self.device)
+                options = main.parse(["--train", *self.flags, *flags, *self.graphs[: way["cuda_graphs"]]])
+                rows = bench.measure(options, repetitions)
+                self.keep(way, rows)
+                kernels = kernels_of(options, self.device)
+                self.keep(way, [row | (kernels if row["name"] == UPDATE else {}) for row in rows])
             except Exception as error:  # a finding too, and no reason to leave out the other ways
-                rows, kernels = [{"name": "failed", "error": utils.reason(error)[:500]}], {}
-            self.found["speed"] += [way | row | (kernels if row["name"] == UPDATE else {}) for row in rows]
-            self.save()
+                kept = [row for row in self.rows(way) if row["name"] != "failed"]
+                self.keep(way, [*kept, {"name": "failed", "error": utils.reason(error)[:500]}])
+        gc.collect()
+        if on_gpu:
+            torch.cuda.empty_cache()  # for the runs to come
+
+    def rows(self, way: dict[str, Any]) -> list[dict[str, Any]]:
+        """What was measured one way."""
+        return [row for row in self.found["speed"] if way.items() <= row.items()]
+
+    def keep(self, way: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        others = [row for row in self.found["speed"] if not way.items() <= row.items()]
+        self.found["speed"] = others + [way | row for row in rows]
+        self.save()
 
     def runs(self, step: str, where: Path, data_dir: Path, jobs: int) -> None:
-        """Continue the runs of a step for as long as there is time."""
-        state = self.found["runs"].setdefault(step, {"jobs": jobs, "flags": self.graphs, "seconds": 0.0, "calls": 0})
-        if state.get("status") is not None or self.left < 30:
+        """Continue the runs of a step for as long as there is time. where: the directory of its files."""
+        state = self.found["runs"].get(step, {})
+        if state.get("status") == 0 or self.left < 30:
             return
+        if not (state and where.exists()):
+            state = {"jobs": jobs, "flags": self.graphs, "seconds": 0.0, "calls": 0}
+        self.found["runs"][step] = state
         places = [f"--{kind}-dir={where / f'{kind}s'}" for kind in ("result", "checkpoint", "sample")]
         command = [sys.executable, str(ROOT / "run_full_experiments"), *STEPS[step], f"--jobs={state['jobs']}"]
         command += [*self.flags, *state["flags"], *places, f"--data-dir={data_dir}", "--no-visdom"]
@@ -126,20 +149,24 @@ class Session:
         state |= {"status": status, "calls": state["calls"] + 1, "seconds": state["seconds"] + time.monotonic() - start}
         self.save()
         with tarfile.open(self.output / "results.tgz", "w:gz") as archive:
-            for kind in ("results", "samples"):
-                if (where / kind).exists():
-                    archive.add(where / kind, kind)
+            for directory in [*where.parent.glob("*/results"), *where.parent.glob("*/samples")]:
+                archive.add(directory, directory.relative_to(where.parent))
 
     def report(self) -> None:
         """Print what the marks are about."""
         for row in self.found["speed"]:
             if row["name"] in ("failed", UPDATE):
-                way = f"{row['dtype']}, batch {row['batch_size']}, graphs {row['cuda_graphs']}, auto {row['autotune']}"
-                times = "{ratio:.1f} x the baseline, {ours_ms:.2f} ms, kernels {kernels_ms:.2f} ms".format_map
-                print(f"{way}: {row['error'] if row['name'] == 'failed' else times(row)}")
+                times = "{ratio:.1f} x the baseline, {ours_ms:.2f} ms".format_map
+                kernels = f", kernels {row['kernels_ms']:.2f} ms" if "kernels_ms" in row else ""
+                print(f"{describe(row)}: {row['error'] if row['name'] == 'failed' else times(row) + kernels}")
         for step, state in self.found["runs"].items():
             status = {None: "not finished", 0: "finished"}.get(state.get("status"), "some runs failed")
             print(f"{step}: {status} after {state['seconds']:.0f} s, {state['jobs']} at a time, {state['flags']}")
+
+
+def describe(way: dict[str, Any]) -> str:
+    kind = ("graphs" if way["cuda_graphs"] else "eager") + (", autotuned" if way["autotune"] else "")
+    return f"{way['dtype']}, batch {way['batch_size']}, {kind}"
 
 
 UPDATE = "generator-update-replay"  # bench.py's name for the update whose kernels are timed
@@ -170,19 +197,21 @@ def kernels_of(options: main.Options, device: torch.device, times: int = 5) -> d
     update = partial(next, dgr.learn_generator(scholar.generator, split, replay, **how))
     for _ in range(models.Captured.warm_up + 2):
         update()
+    bench.Clock(device).wait()
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
         for _ in range(times):
             update()
         bench.Clock(device).wait()
     # Without what belongs to the CPU, such as launches.
-    events = [event for event in profiler.key_averages() if not on_gpu or event.device_type is not DeviceType.CPU]
+    events = [event for event in profiler.key_averages() if not on_gpu or event.device_type != DeviceType.CPU]
     microseconds = sum(event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in events)
     return {"kernels_ms": microseconds / 1000 / times, "kernels": sum(event.count for event in events) / times}
 
 
 def run() -> None:
-    parser = utils.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("steps", nargs="*", metavar="STEP", help=f"{', '.join(STEPS)} (default: all)")
+    steps, about = ", ".join(STEPS), __doc__.split("\n\n")[0]
+    usage = f"%(prog)s [STEP ...] [options] [flags of main.py]\n\nSTEP: {steps} (default: all)"
+    parser = utils.Parser(description=about, usage=usage, allow_abbrev=False)
     number, whole, shown = utils.number(0, above=True), utils.number(1, kind=int), "(default: %(default)s)"
     parser.add_argument("--minutes", type=number, default=9.0, metavar="X", help=f"of this call {shown}")
     parser.add_argument("--jobs", type=whole, default=5, metavar="N", help=f"runs at a time {shown}")
@@ -196,13 +225,11 @@ def run() -> None:
     words = list(itertools.takewhile(lambda word: not word.startswith("-"), sys.argv[1:]))
     here, flags = parser.parse_known_args(sys.argv[1 + len(words) :])
     if unknown := [word for word in words if word not in STEPS]:
-        parser.error(f"unknown step {unknown[0]!r}: choose from {', '.join(STEPS)}")
+        parser.error(f"unknown step {unknown[0]!r}: choose from {steps}")
     here.output.mkdir(parents=True, exist_ok=True)
     session = Session(here.output, here.minutes, flags)
     print(session.found["machine"], flush=True)
     where, data_dir = here.runs.absolute(), here.data_dir.absolute()
-    if not where.exists() and (here.output / "results.tgz").exists():
-        shutil.unpack_archive(here.output / "results.tgz", where, filter="data")
     if data_dir.is_file():
         shutil.unpack_archive(data_dir, where / "datasets", filter="data")
         data_dir = where / "datasets"
@@ -212,11 +239,12 @@ def run() -> None:
         elif step == "speed":
             session.speed(here.repetitions)
         else:
-            session.runs(step, where, data_dir, here.jobs)
+            session.runs(step, where / step, data_dir, here.jobs)
         session.save()
     session.report()
 
 
 if __name__ == "__main__":
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    os.environ.setdefault("TEARDOWN_CUPTI", "0")  # the profiler's part that does not go well with graphs
     utils.run_program(run)

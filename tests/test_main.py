@@ -564,6 +564,15 @@ def test_samples_come_with_measures_of_the_tasks_learned(copy_of_trained, small_
     assert seen == [2]  # of three
 
 
+@pytest.mark.parametrize("flag", ["--mnist-permutation-number=1", "--mnist-permutation-seed=7"])
+def test_a_generator_is_not_measured_beside_fewer_or_other_tasks(copy_of_trained, small_mnist, flag):
+    process = draw(copy_of_trained, f"--data-dir={small_mnist}", flag)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines()[-1].startswith(
+        "no measures of the generator: the scholar has learned from other"
+    )
+
+
 def test_without_its_data_a_generator_is_drawn_and_not_measured(copy_of_trained, small_mnist):
     """Nothing is downloaded for that."""
     official = [flag for flag in TINY if flag != "--unverified-data"]
