@@ -110,9 +110,12 @@ def keep(kept: list[Run], run: Run, samples: Path) -> None:
     same = [at for at, other in enumerate(kept) if (other.setting, other.seed) == (run.setting, run.seed)]
     row = to_row(run) | {"run": kept[same[0]].name if same else new_name(run, kept)}
     row["command"] = json.dumps(without_directories(run.config["command"]))
-    for other in kept:  # it may have a name for data that are not the official ones
-        if other.config["data"]["checksums"] == run.config["data"]["checksums"]:
-            row["data"] = json.dumps(other.config["data"])
+    files = run.config["data"]["checksums"]
+    for other in kept:  # it may have names for data that are not the official ones
+        if files.items() <= other.config["data"]["checksums"].items():
+            sets = {file.split("/")[0] for file in files}
+            names = {key: name for key, name in other.config["data"].items() if key in sets}
+            row["data"] = json.dumps(run.config["data"] | names)
     every = 5 * run.options["loss_log_interval"]
     measured = [row for row in run.rows if utils.PRECISION.fullmatch(row["name"]) or int(row["iteration"]) % every == 0]
     pictures = list(run.kept_samples().values()) if run.seed == 0 else []  # figures show those of one seed
@@ -269,7 +272,8 @@ def numbers(query: str, settings: Sequence[Setting]) -> str:
     A setting is EXPERIMENT RECIPE REPLAY-MODE FLAG..., with "narrow" for NARROW, or the name of a variation. It stands
     for its average precision, mean ± standard deviation. Before it, and a colon: "mean" (without the deviation), "each"
     (of every seed), "seed 0", "task 2" (the precision on that task, or of that scholar), "later" (the mean over tasks
-    but the first), "lost" (points from the first scholar to the last). "points: A - B" is the difference of two means.
+    but the first), "lost" (points from the first scholar to the last), "task_incremental" and other further measures,
+    "fitting_capacity after 1" (of the generator, after that task). "points: A - B" is the difference of two means.
     """
     what, _, name = query.rpartition(": ")
     if what == "points":
@@ -285,6 +289,11 @@ def numbers(query: str, settings: Sequence[Setting]) -> str:
         return f"{min(lost):.2f} to {max(lost):.2f}" if len(lost) > 1 else f"{lost[0]:.2f}"
     if what == "later":
         return visual.mean_sd([statistics.mean(final(run)[1:]) for run in setting.finished], 3)
+    if what in utils.MEASURES:
+        return visual.mean_sd([run.measure(what) for run in setting.finished], 3)
+    if " after " in what:
+        measure, task = what.split(" after ")
+        return visual.mean_sd([run.generator_measure(measure)[int(task)] for run in setting.finished], 3)
     if what.startswith("task "):
         return visual.mean_sd([final(run)[int(what[5:]) - 1] for run in setting.finished], 3)
     both = visual.mean_sd(averages(setting), 3)
