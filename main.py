@@ -393,8 +393,7 @@ def run_test(options: Options) -> None:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(sys.argv[1:] if arguments is None else arguments)
     models.check_machine(options)
-    if options.tensorboard:
-        visual.check_tensorboard()
+    visual.check_tensorboard(options)
     models.set_deterministic(options.deterministic)
     (run_training if options.train else run_test)(options)
 

@@ -309,10 +309,11 @@ def connect(*, server: str, port: int, env: str, base_url: str = "") -> Any:
     return Client(server, port=port, base_url=base_url, env=env, use_incoming_socket=False, raise_exceptions=True)
 
 
-def check_tensorboard() -> None:
+def check_tensorboard(options: PlotOptions) -> None:
     """Refuse --tensorboard before anything is learned if it is not installed."""
     try:
-        importlib.import_module("torch.utils.tensorboard")
+        if options.tensorboard:
+            importlib.import_module("torch.utils.tensorboard")
     except ImportError as error:
         raise UserError(f"argument --tensorboard: {reason(error)}: pip install tensorboard", status=2) from error
 

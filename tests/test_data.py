@@ -694,11 +694,14 @@ def test_two_runs_download_at_once_into_one_directory(monkeypatch, tmp_path):
 
 
 def test_official_checksums_are_torchvisions():
-    """Torchvision publishes md5 sums of the .gz files for MNIST and of the .mat files for SVHN."""
+    """Torchvision publishes md5 sums of the .gz files for MNIST. They are repeated here, as it is slow to import."""
     official = {name.removesuffix(".gz") for name, _ in torchvision.datasets.MNIST.resources}
     assert official == set(data.DATA_SETS["mnist"].md5)
     svhn = {name: md5 for _, name, md5 in torchvision.datasets.SVHN.split_list.values()}
     assert data.DATA_SETS["svhn"].md5.items() <= svhn.items()
+    assert data.DATA_SETS["fashion-mnist"].md5 == dict(torchvision.datasets.FashionMNIST.resources)
+    cifar10 = torchvision.datasets.CIFAR10
+    assert data.DATA_SETS["cifar10"].md5 == dict(cifar10.train_list + cifar10.test_list)
 
 
 def wheel_with(content: bytes, path: Path) -> Path:
