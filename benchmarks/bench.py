@@ -69,7 +69,7 @@ class BaselineImages(Dataset):
 def make_baseline(scholar: dgr.Scholar, options: models.ScholarOptions) -> dgr.Scholar:
     """The same networks with PyTorch's own layers, layout and Adam."""
     for module in scholar.modules():
-        for own in (nn.Conv2d, nn.LeakyReLU):
+        for own in (nn.Conv2d, nn.ConvTranspose2d, nn.LeakyReLU):
             if isinstance(module, own):
                 module.__class__ = own
     scholar.to(memory_format=torch.contiguous_format)

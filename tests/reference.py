@@ -15,7 +15,7 @@ def plain(network, options):
     """A copy of a network with PyTorch's own layers and layout, and plain Adam for it."""
     network = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
     for module in network.modules():
-        for own in (nn.Conv2d, nn.LeakyReLU):
+        for own in (nn.Conv2d, nn.ConvTranspose2d, nn.LeakyReLU):
             if isinstance(module, own):
                 module.__class__ = own
     settings = {"betas": (options.beta1, options.beta2), "weight_decay": options.weight_decay, "foreach": False}

@@ -69,31 +69,68 @@ def test_penalty_norm_is_over_all_values_of_an_image():
     assert gan.gradient_penalty(critic, real, fake).item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("in_one_pass", [False, True])
+@pytest.mark.parametrize("channel_size", [2, 16])  # with 16, convolutions are nine products
 @pytest.mark.parametrize("channels", [1, 3])
-def test_critic_loss_equals_the_reference(channels):
-    critic = small_wgan(channels).critic.double()
+def test_critic_loss_equals_the_reference(channels, channel_size, in_one_pass):
+    wgan = models.WGAN(channels, replace(SMALL, generator_c_channel_size=channel_size))
+    critic, _ = reference.plain(wgan.critic.double(), SMALL)
     real, fake = torch.rand(2, 4, channels, 32, 32, dtype=torch.float64)
     torch.manual_seed(1)
-    loss, distance = gan.critic_loss(critic, real, fake, penalty_weight=10.0)
+    if in_one_pass:
+        with torch.no_grad():
+            loss, distance, gradients = models.critic_gradients(wgan.critic, real, fake, None, 10.0)
+    else:
+        loss, distance = gan.critic_loss(wgan.critic, real, fake, penalty_weight=10.0)
+        gradients = torch.autograd.grad(loss, list(wgan.critic.parameters()))
     torch.manual_seed(1)
     epsilon = torch.rand(4, 1, 1, 1, dtype=torch.float64)
     expected = reference.critic_loss(critic, real, fake, epsilon, 10.0)
     torch.testing.assert_close(loss, expected)
-    gradients = [torch.autograd.grad(value, list(critic.parameters())) for value in (loss, expected)]
-    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(tuple(gradients), torch.autograd.grad(expected, list(critic.parameters())))
     torch.testing.assert_close(distance, critic(real).mean() - critic(fake).mean())
 
 
-def test_critic_updates_take_a_fresh_batch_each_and_build_no_graph_through_the_generator(monkeypatch):
-    """differences.md, 2 and 3."""
-    batches, seen, plain = [], [], gan.critic_loss
+def test_a_conditional_critics_gradients_in_one_pass_are_those_of_autograd():
+    critic = models.critic_network(channel_size=16, image_channels=1, scores=3).double()
+    real, fake = torch.rand(2, 4, 1, 32, 32, dtype=torch.float64)
+    y, outcomes = torch.tensor([2, 0, 0, 1]), []
+    for in_one_pass in (False, True):
+        torch.manual_seed(1)
+        if in_one_pass:
+            with torch.no_grad():
+                loss, distance, gradients = models.critic_gradients(critic, real, fake, y, 10.0)
+        else:
+            scores = partial(lambda x: critic(x).gather(1, y.repeat(len(x) // 4)[:, None]))
+            loss, distance = gan.critic_loss(scores, real, fake, penalty_weight=10.0)
+            gradients = torch.autograd.grad(loss, list(critic.parameters()))
+        outcomes.append((loss.detach(), distance, *gradients))
+    torch.testing.assert_close(*outcomes)
 
-    def watched(critic, real, fake, **settings):
+
+def test_a_flat_critic_has_finite_gradients_in_one_pass():
+    """Where D's gradient is zero, the penalty's has no direction, and none is taken."""
+    critic = small_wgan().critic
+    nn.init.zeros_(critic[-1].weight)
+    with torch.no_grad():
+        loss, _, gradients = models.critic_gradients(critic, *torch.rand(2, 4, 1, 32, 32), None, 10.0)
+    assert loss == 10 and all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize(("where", "name"), [(models, "critic_gradients"), (gan, "critic_loss")])
+def test_critic_updates_take_a_fresh_batch_each_and_build_no_graph_through_the_generator(monkeypatch, where, name):
+    """differences.md, 2 and 3; with a critic's own layers, and with others."""
+    batches, seen, plain = [], [], getattr(where, name)
+
+    def watched(critic, real, fake, *settings, **more):
         seen.append((real, fake))
-        return plain(critic, real, fake, **settings)
+        return plain(critic, real, fake, *settings, **more)
 
-    monkeypatch.setattr(gan, "critic_loss", watched)
-    small_wgan(critic_updates=5).update(lambda: batches.append(torch.rand(4, 1, 32, 32)) or batches[-1])
+    monkeypatch.setattr(where, name, watched)
+    wgan = small_wgan(critic_updates=5)
+    if where is gan:
+        wgan.critic[1] = nn.Softplus()
+    wgan.update(lambda: batches.append(torch.rand(4, 1, 32, 32)) or batches[-1])
     assert len(batches) == 5 and all(real is batch for (real, _), batch in zip(seen, batches, strict=True))
     assert not any(fake.requires_grad for _, fake in seen)
 
@@ -107,7 +144,7 @@ def test_generator_update_computes_no_gradients_of_the_critic():
     assert all(parameter.grad is not None for parameter in wgan.net.parameters())
 
 
-@pytest.mark.parametrize("channel_size", [2, 8])  # with 8, the critic's last convolution is a product of matrices
+@pytest.mark.parametrize("channel_size", [2, 8, 16])  # with 16, the critic's last convolutions are nine products
 def test_iterations_equal_the_reference(channel_size):
     """The same inputs and random numbers give the same losses, and the same weights after two iterations.
 
@@ -254,6 +291,27 @@ def test_convolution_is_a_convolution(batch, kernel, stride, padding, dtype, bou
     with torch.no_grad():
         for layout in (torch.contiguous_format, torch.channels_last):
             assert relative_error(ours(x.to(memory_format=layout)), plain(x.double())) < bound
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("kind", [models.Convolution, models.TransposedConvolution])
+@pytest.mark.parametrize("bias", [True, False])
+def test_nine_products_are_a_convolution(kind, dtype, bound, bias):
+    """In value, gradient and gradient of the gradient."""
+    ours = kind(64, 72, 4, stride=2, padding=1, bias=bias).to(dtype)
+    plain = reference.plain(ours, SMALL)[0].double()
+    x = torch.randn(2, 64, 8, 12, dtype=dtype)
+    assert models.nine_products(ours, x, 8, 12) and not isinstance(plain, kind)
+
+    def values(convolution, x):
+        x = x.clone().requires_grad_()
+        y = convolution(x)
+        weights = torch.arange(y.numel(), dtype=y.dtype).view_as(y).sin()
+        (gradient,) = torch.autograd.grad((y.square() * weights).sum(), x, create_graph=True)
+        return [y, gradient, *torch.autograd.grad(gradient.pow(3).sum(), [x, *convolution.parameters()])]
+
+    for value, expected in zip(values(ours, x), values(plain, x.double()), strict=True):
+        assert relative_error([value], [expected]) < bound
 
 
 class Doubling(models.Network):
