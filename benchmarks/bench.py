@@ -3,6 +3,7 @@
 
     make bench                                      at the default widths, on the device that main.py would use
     benchmarks/bench.py --image-size=64 --no-gpus   main.py's flags for networks, batches and number format work too
+    benchmarks/bench.py --against v1.0              beside the program of an earlier commit, in turn with ours
 
 The baseline is how the method is usually written: float32, PIL transforms behind a DataLoader, a forward pass for each
 source of images, a gradient through the generator in the critic's updates, a fresh draw of replay for every update,
@@ -10,16 +11,26 @@ testing in training-sized batches; on GPUs with PyTorch's default of TF32 convol
 baseline learns a whole batch from each source, as is usual, where ours learns one batch that is the mix;
 generator-update-mixed has a baseline that mixes too. Ours and the baseline take turns, and the table has medians.
 `limit_share` is the share of what the device can do: of the floating-point rate of a large matrix product in our number
-format, and for `batch` of the rate of a large copy, both measured in the same run.
+format, and for `batch` of the rate of a large copy, both measured in the same run. `against_ratio` is the time of the
+earlier commit's program, which a second process runs, over ours.
 """
 
+from __future__ import annotations  # names of types that earlier programs lack
+
+import contextlib
 import copy
+import io
+import json
+import os
 import resource
 import statistics
+import subprocess
 import sys
+import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +46,7 @@ from torch.utils.flop_counter import flop_registry
 from torchvision import transforms
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.environ.get("DGR_BENCHMARKED", str(Path(__file__).resolve().parent.parent)))
 
 import data
 import dgr
@@ -44,6 +55,8 @@ import models
 import train
 import utils
 
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = "DGR_BENCHMARKED"  # names the directory of the program to measure, if it is not ROOT
 R = 0.5  # importance of the new task
 IMAGES = 60_000
 TEST_IMAGES = 1024
@@ -204,7 +217,92 @@ def operations(work: Callable[[], Any], times: int) -> float:
     return counter.total / times
 
 
-def measure(options: main.Options, repetitions: int) -> list[dict[str, Any]]:
+def images_at_once(device: torch.device) -> int:
+    return 64 if device.type == "cpu" else 512
+
+
+def our_ways(
+    options: models.ScholarOptions,
+    batch_size: int,
+    split: data.Split,
+    test: data.Split,
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> dict[str, Callable[[], Any]]:
+    """The parts of training by name. They run with the programs of earlier commits too."""
+    ours = models.make_scholar(1, CLASSES, options, compute_dtype=dtype).to(device)
+    how = {"iterations": sys.maxsize, "batch_size": batch_size}
+
+    def replay() -> dgr.GenerativeReplay:
+        mode = dgr.GenerativeReplay(ours, [split], dgr.Targets("hard"))
+        mode.block = images_at_once(device)
+        return mode
+
+    drawn = replay()
+    return {
+        "generator-update": partial(next, dgr.learn_generator(ours.generator, split, None, r=1.0, **how)),
+        "generator-update-replay": partial(next, dgr.learn_generator(ours.generator, split, replay(), r=R, **how)),
+        "generator-update-mixed": partial(next, dgr.learn_generator(ours.generator, split, replay(), r=R, **how)),
+        "solver-update": partial(next, dgr.learn_solver(ours.solver, split, None, r=1.0, **how)),
+        "solver-update-replay": partial(next, dgr.learn_solver(ours.solver, split, replay(), r=R, **how)),
+        "replay-sampling": lambda: drawn.sample(batch_size),
+        "batch": lambda: split.sample(batch_size),
+        "testing": lambda: train.precision(ours.solver.remember(), test, images_at_once(device)),
+    }
+
+
+def serve(device_and_formats: str, *flags: str) -> None:
+    """Measure what standard input asks for, line by line, with the program that the environment names."""
+    device, compute_dtype, precision, tf32 = json.loads(device_and_formats)
+    dtype = getattr(torch, compute_dtype) if compute_dtype else None
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = tf32
+    options = main.parse(["--train", *flags])
+    kind = models.ScholarOptions
+    networks = kind(**{f.name: getattr(options, f.name) for f in fields(kind) if hasattr(options, f.name)})
+    torch.manual_seed(options.seed)
+    size = getattr(options, "image_size", 32)
+    images = torch.randint(256, (IMAGES, 1, size, size), dtype=torch.uint8, device=device)
+    split = data.Split(images, torch.randint(CLASSES, (IMAGES,), device=device))
+    test = data.Split(split.images[:TEST_IMAGES], split.labels[:TEST_IMAGES])
+    clock = Clock(torch.device(device))
+    ways = our_ways(networks, options.batch_size, split, test, clock.device, dtype)
+    for line in sys.stdin:
+        name, times = line.split()
+        print(clock.seconds(ways[name], int(times)), flush=True)
+
+
+@contextlib.contextmanager
+def program_of(
+    commit: str, device: torch.device, dtype: torch.dtype | None, flags: list[str]
+) -> Iterator[Callable[[str, int], float]]:
+    """A function that measures a part of training, by name, with the program of an earlier commit."""
+    archive = subprocess.run(["git", "-C", str(ROOT), "archive", commit], capture_output=True)
+    if archive.returncode:
+        raise utils.UserError(f"argument --against: git knows no commit {commit!r} here", status=2)
+    with tempfile.TemporaryDirectory() as directory:
+        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
+            files.extractall(directory, filter="data")
+        formats = (str(dtype).split(".")[-1] if dtype else None), torch.get_float32_matmul_precision()
+        how = json.dumps([device.type, *formats, torch.backends.cudnn.allow_tf32])
+        command = [sys.executable, __file__, "serve", how, *flags]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, env={**os.environ, PROGRAM: directory}, **pipes) as process:
+
+            def seconds(name: str, times: int) -> float:
+                with contextlib.suppress(BrokenPipeError):
+                    print(name, times, file=process.stdin, flush=True)
+                if not (line := process.stdout.readline()):
+                    raise utils.UserError(f"the program of {commit} ended: does it know these flags?")
+                return float(line)
+
+            yield seconds
+            process.stdin.close()
+
+
+def measure(
+    options: main.Options, repetitions: int, against: Callable[[str, int], float] | None = None
+) -> list[dict[str, Any]]:
     device = models.choose_device(gpus=not options.no_gpus)
     dtype = models.choose_dtype(options.dtype, device, cuda_graphs=options.cuda_graphs)
     clock = Clock(device)
@@ -220,32 +318,10 @@ def measure(options: main.Options, repetitions: int) -> list[dict[str, Any]]:
     baseline_test = BaselineImages(raw[:TEST_IMAGES], labels[:TEST_IMAGES], options.image_size)
 
     eager_options = replace(options, cuda_graphs=False)
-    block = models.images_at_once(device)
-    how = {"iterations": sys.maxsize, "batch_size": options.batch_size}
-
-    def our_ways(scholar_options: models.ScholarOptions) -> dict[str, Callable[[], Any]]:
-        ours = models.make_scholar(1, CLASSES, scholar_options, compute_dtype=dtype).to(device)
-
-        def replay() -> dgr.GenerativeReplay:
-            mode = dgr.GenerativeReplay(ours, [split], dgr.Targets("hard"))
-            mode.block = block
-            return mode
-
-        drawn = replay()
-        return {
-            "generator-update": partial(next, dgr.learn_generator(ours.generator, split, None, r=1.0, **how)),
-            "generator-update-replay": partial(next, dgr.learn_generator(ours.generator, split, replay(), r=R, **how)),
-            "generator-update-mixed": partial(next, dgr.learn_generator(ours.generator, split, replay(), r=R, **how)),
-            "solver-update": partial(next, dgr.learn_solver(ours.solver, split, None, r=1.0, **how)),
-            "solver-update-replay": partial(next, dgr.learn_solver(ours.solver, split, replay(), r=R, **how)),
-            "replay-sampling": lambda: drawn.sample(options.batch_size),
-            "batch": lambda: split.sample(options.batch_size),
-            "testing": lambda: train.precision(ours.solver.remember(), test, block),
-        }
-
-    ours = our_ways(options)
+    block = images_at_once(device)
+    ours = our_ways(options, options.batch_size, split, test, device, dtype)
     # A graph's operations can't be counted while it is replayed.
-    counted = our_ways(eager_options) if options.cuda_graphs else ours
+    counted = our_ways(eager_options, options.batch_size, split, test, device, dtype) if options.cuda_graphs else ours
     baseline = make_baseline(models.make_scholar(1, CLASSES, eager_options).to(device), options)
     old = copy.deepcopy(baseline).eval().requires_grad_(False)
     batches = baseline_batches(baseline_images, options, device)
@@ -276,12 +352,13 @@ def measure(options: main.Options, repetitions: int) -> list[dict[str, Any]]:
     warm_up = models.Captured.warm_up + 1 if options.cuda_graphs else 1
     seconds = {}
     for name, times in tqdm(calls.items(), file=sys.stderr, disable=None):
-        our_times, baseline_times = [], []
+        our_times, baseline_times, their_times = [], [], []
         for repetition in range(-1, repetitions):  # once before it counts
             our_times.append(clock.seconds(ours[name], times if repetition >= 0 else warm_up))
             with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):  # PyTorch's default, which ours changes
                 baseline_times.append(clock.seconds(baseline_ways[name], max(1, times // 8) if repetition >= 0 else 1))
-        seconds[name] = statistics.median(our_times[1:]), statistics.median(baseline_times[1:])
+            their_times.append(against(name, times if repetition >= 0 else warm_up) if against else 0.0)
+        seconds[name] = [statistics.median(times[1:]) for times in (our_times, baseline_times, their_times)]
     peak = peak_memory(device)
 
     flops_limit, bytes_limit = peak_rates(clock, dtype)
@@ -295,7 +372,7 @@ def measure(options: main.Options, repetitions: int) -> list[dict[str, Any]]:
         "peak_memory_mib": peak / 2**20,
     }
     table = []
-    for name, (our_seconds, baseline_seconds) in seconds.items():
+    for name, (our_seconds, baseline_seconds, their_seconds) in seconds.items():
         if name == "batch":  # reads uint8 pixels, writes them as uint8 and float32, and reads the first again
             pixels = options.batch_size * split.images[0].numel()
             share = pixels * (1 + 1 + 1 + 4) / our_seconds / bytes_limit
@@ -309,10 +386,13 @@ def measure(options: main.Options, repetitions: int) -> list[dict[str, Any]]:
             "ratio": baseline_seconds / our_seconds,
             "limit_share": share,
         }
+        if against:
+            row |= {"against_ms": their_seconds * 1000, "against_ratio": their_seconds / our_seconds}
         table.append(row | circumstances)
         print(
             f"{name:<24} {1 / our_seconds:>9.1f} /s {row['ours_ms']:>10.3f} ms {row['baseline_ms']:>10.3f} ms "
             f"{row['ratio']:>7.1f} x {row['limit_share']:>7.1%} of the limit"
+            + (f" {row['against_ms']:>10.3f} ms {row['against_ratio']:>7.2f} x" if against else "")
         )
     print(
         f"limits: {flops_limit / 1e9:.0f} GFLOP/s ({dtype or torch.float32}), {bytes_limit / 1e9:.1f} GB/s; "
@@ -331,6 +411,7 @@ def run() -> None:
         metavar="N",
         help="of each way (default: %(default)s)",
     )
+    parser.add_argument("--against", metavar="COMMIT", help="measure the program of this commit too, in turn")
     here, flags = parser.parse_known_args()
     options = main.parse(["--train", *flags])
     models.check_machine(options)
@@ -341,10 +422,16 @@ def run() -> None:
     device = models.choose_device(gpus=not options.no_gpus)
     print(f"{models.device_name(device)}, torch {torch.__version__}, commit {utils.commit()}")
     print(f"{'':<24} {'ours':>12} {'ours':>13} {'baseline':>13} {'ratio':>9}")
-    table = measure(options, here.repetitions)
+    dtype = models.choose_dtype(options.dtype, device, cuda_graphs=options.cuda_graphs)
+    with program_of(here.against, device, dtype, flags) if here.against else contextlib.nullcontext() as against:
+        table = measure(options, here.repetitions, against)
+    for row in table if here.against else ():
+        row["against_commit"] = here.against
     utils.write_json(here.output, table)
     print(f"table: {here.output}")
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1:2] == ["serve"]:
+    serve(*sys.argv[2:])
+elif __name__ == "__main__":
     utils.run_program(run)

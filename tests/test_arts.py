@@ -154,7 +154,10 @@ def test_a_setting_that_the_prose_names_wrongly_is_one_line(figures, kept):
 
 
 def test_benchmark_has_its_rows(tmp_path):
-    process = call("benchmarks/bench.py", *TINY, "--repetitions=1", "--output=bench.json", cwd=tmp_path)
+    git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True)
+    against = ["--against=HEAD"] if git.returncode == 0 else []
+    flags = ["--repetitions=1", "--output=bench.json", *against]
+    process = call("benchmarks/bench.py", *TINY, *flags, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     rows = json.loads((tmp_path / "bench.json").read_text())
     names = [f"generator-update{kind}" for kind in ("", "-replay", "-mixed")]
@@ -163,6 +166,14 @@ def test_benchmark_has_its_rows(tmp_path):
     for row in rows:
         assert set(row) > {"name", "device", "ours_ms", "baseline_ms", "ratio", "limit_share", "compute_dtype"}
         assert row["ratio"] == pytest.approx(row["baseline_ms"] / row["ours_ms"]) and 0 < row["limit_share"] < 1
+        if against:
+            assert row["against_commit"] == "HEAD" and row["against_ms"] > 0
+            assert row["against_ratio"] == pytest.approx(row["against_ms"] / row["ours_ms"])
+
+
+def test_a_commit_that_git_does_not_know_is_one_line(tmp_path):
+    process = call("benchmarks/bench.py", *TINY, "--against=no-such-commit", cwd=tmp_path)
+    assert_one_line_error(process, 2, "--against", "no-such-commit")
 
 
 def test_what_is_for_a_gpu_works_in_tiny_form_on_a_cpu(tmp_path, small_mnist, monkeypatch, capsys):

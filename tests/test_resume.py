@@ -22,6 +22,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, WITHOUT_GPU, run, start
 
+import dgr
 import main
 import models
 import train
@@ -123,6 +124,7 @@ def test_resumed_run_is_the_run_that_was_never_stopped(tmp_path, small_mnist, wh
 )
 def test_every_setting_resumes(tmp_path, small_mnist, monkeypatch, setting):
     monkeypatch.setattr(sys.modules[__name__], "NAME", main.parse(["--train", *setting]).name)
+    monkeypatch.setattr(dgr.EWC, "images", 20)
     run_here(flags(tmp_path / "whole", small_mnist, *setting))
     run_until(monkeypatch, 17, flags(tmp_path / "cut", small_mnist, *setting))
     run_until(monkeypatch, 4, flags(tmp_path / "cut", small_mnist, *setting, "--resume"))
@@ -373,7 +375,7 @@ def test_nothing_is_written_over_with_broken_weights(tmp_path, small_mnist, monk
     def step(optimiser, loss):
         plain(optimiser, loss)
         steps.append(loss)
-        if len(steps) == 9:  # the third generator iteration of two critic steps and one of the generator
+        if len(steps) == 3:  # the generator's third; the critic's are taken elsewhere
             with torch.no_grad():
                 optimiser.param_groups[0]["params"][0][0] = float("nan")
 
@@ -494,9 +496,9 @@ def hangup():
     signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
+@pytest.mark.parametrize("number", ["SIGINT", "SIGHUP", "SIGUSR1"])
 def test_signal_saves_and_says_how_to_continue(tmp_path, small_mnist, hangup, number):
-    """What people and schedulers send."""
+    """What people and schedulers send; for SIGTERM, SIGUSR2 and SIGXCPU see below."""
     hangup(signal.SIG_DFL)
     number = signal.Signals[number]
     with long_run(tmp_path, small_mnist) as process:
