@@ -7,7 +7,7 @@
 
 PYTHON ?= python3
 PY := .venv/bin/python
-DEMO ?= --quick --seed 0
+DEMO ?= --recipe=demo --seed 0 --jobs 2
 # One test process for each core, each with one thread.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto
 

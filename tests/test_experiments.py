@@ -130,6 +130,33 @@ def test_no_two_runs_share_a_gpu_while_another_is_free(full, tmp_path, monkeypat
     assert most == [["1", "4", "6"]] * 6
 
 
+def test_the_longest_run_is_among_the_first_to_start(full, tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(full, "run_here", lambda job, *_: begun.append(job.options.replay_mode))
+    full.run_jobs(full.make_jobs("permutated-mnist", None, TINY), argparse.Namespace(ray=None, jobs=2))
+    assert "generative-replay" in begun[:2] and len(begun) == 3
+
+
+def test_the_share_of_a_run_that_is_done_is_read_from_its_files(full, tmp_path, monkeypatch):
+    """TINY has 2 critic updates and 1 of the generator, 4 times, then 6 of the solver, which count three times."""
+    monkeypatch.chdir(tmp_path)
+    job = full.make_jobs("permutated-mnist", None, TINY)[2]
+    assert job.share_done == 0 and job.cost_of_task == 4 * 3 + 6 * 3
+    utils.write_json(job.paths.results / "config.json", {"tasks": ["one", "two"]})
+    metrics = job.paths.results / "metrics.csv"
+    for row, share in (
+        ("generator,1,4", 12 / 60),
+        ("solver,1,2", 18 / 60),
+        ("generator,2,1", 33 / 60),
+        ("solver,2,6", 1),
+    ):
+        metrics.write_text("phase,task,iteration,name,value\n" * 20 + f"{row},loss,0.5\n")
+        assert job.share_done == pytest.approx(share)
+    metrics.write_text("phase,task,iteration,name,value\n")
+    assert job.share_done == 0
+
+
 def test_a_failed_run_stops_no_other(tmp_path, small_mnist):
     with utils.locked(tmp_path / "results/permutated-mnist-joint-rauto"):  # as another run of this name does
         process = experiments(tmp_path, small_mnist, "joint", "noise-replay")
