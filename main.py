@@ -36,8 +36,8 @@ BEST_CHAIN = {"generator_c_updates_per_g_update": 2, "generator_iterations": 140
 QUICK = NARROW | {"lr": 1e-3, "lr_schedule": "linear", "batch_size": 64, "mnist_permutation_number": 3}
 QUICK |= {"generator_z_size": 32, "generator_iterations": 400, "solver_iterations": 300}
 QUICK_SVHN = QUICK | {"generator_iterations": 600, "solver_iterations": 900}
-DEMO = QUICK | {"generator_c_updates_per_g_update": 2, "generator_iterations": 250}
-DEMO |= {"solver_channel_size": 128, "solver_iterations": 400}
+DEMO = QUICK | {"generator_c_updates_per_g_update": 2, "generator_iterations": 300}
+DEMO |= {"solver_channel_size": 128, "solver_iterations": 500}
 VAE = SOFT | {"generator": "vae", "solver": "mlp", "lr": 1e-3, "batch_size": 128}
 VAE_CHAIN = {"solver": "cnn", "solver_channel_size": 128, "solver_iterations": 5000, "temperature": 4.0}
 # The defaults that each recipe sets: for the experiments named, and ("") for all others.

@@ -181,7 +181,7 @@ def can_be_scaled(layer: nn.Module) -> bool:
     return plain and "weight" in dict(layer.named_parameters(recurse=False))
 
 
-class Linear(torch.autograd.Function):
+class WithAdjoint(torch.autograd.Function):
     """A linear function of a tensor, with its adjoint: differentiable any number of times, as each is the other's."""
 
     @staticmethod
@@ -191,7 +191,7 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return Linear.apply(gradient, *ctx.derivative), None, None
+        return WithAdjoint.apply(gradient, *ctx.derivative), None, None
 
 
 class Patches:
@@ -267,7 +267,9 @@ class NineProducts:
     def outputs(self, products: Tensor, shape: Sequence[int]) -> Tensor:
         n, height, width, channels = shape
         nine = products.view(3, 3, n, height // 2, width // 2, channels)
-        return two_of_three(two_of_three(nine, 4), 2).view(shape)
+        y = products.new_empty(shape)  # no view, or it could not be changed in place
+        two_of_three(two_of_three(nine, 4), 2, y.view(n, height // 2, 2, width // 2, 2, channels))
+        return y
 
     def of_outputs(self, y: Tensor) -> Tensor:
         y = y.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
@@ -321,11 +323,16 @@ def two_of_three(three: Tensor, axis: int, out: Tensor | None = None) -> Tensor:
 
 
 def nine_products(layer: nn.Module, x: Tensor, height: int, width: int, channels: int = 64) -> bool:
-    """Whether a layer between images (height, width) and a half of that can be nine products, from so many channels."""
-    window = layer.kernel_size == (4, 4) and layer.stride == (2, 2) and layer.padding == (1, 1) and layer.groups == 1
+    """Whether nine products are faster for a layer between images (height, width) and outputs of half that size.
+
+    That takes float32 on a CPU, so many channels, and as many places in the batch, as the weights' factors cost, too.
+    """
+    window = layer.kernel_size == (4, 4) and layer.stride == (2, 2) and layer.padding == (1, 1)
+    plain = layer.groups == 1 and layer.dilation == (1, 1) and not any(layer.output_padding)
+    c_out, c_in, *_ = layer.weight.shape
+    fits = height % 4 == width % 4 == 0 and min(c_out, c_in) >= channels and len(x) * height * width // 4 >= c_out
     full = x.dtype == layer.weight.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
-    fits = window and height % 4 == width % 4 == 0 and min(layer.weight.shape[:2]) >= channels
-    return x.device.type == "cpu" and full and fits
+    return window and plain and fits and full and x.device.type == "cpu"
 
 
 class Convolution(nn.Conv2d):
@@ -342,10 +349,14 @@ class Convolution(nn.Conv2d):
         if x.device.type != "cpu" or not (nine or n * height * width <= channels):
             return super().forward(x)
         way, x = NineProducts() if nine else self.patches(), x.permute(0, 2, 3, 1)
-        factors = Linear.apply(x, way.of_images, partial(way.images, shape=x.shape))
-        weight = Linear.apply(self.weight, way.of_weight, partial(way.weight, shape=self.weight.shape))
-        y = Linear.apply(factors @ weight.mT, partial(way.outputs, shape=shape), way.of_outputs)
-        return (y if self.bias is None else y + self.bias.to(y.dtype)).permute(0, 3, 1, 2)
+        factors = WithAdjoint.apply(x, way.of_images, partial(way.images, shape=x.shape))
+        weight = WithAdjoint.apply(self.weight, way.of_weight, partial(way.weight, shape=self.weight.shape))
+        if nine:
+            y = WithAdjoint.apply(factors @ weight.mT, partial(way.outputs, shape=shape), way.of_outputs)
+            y = y if self.bias is None else y + self.bias
+        else:
+            y = F.linear(factors[0], weight[0], self.bias).view(shape)
+        return y.permute(0, 3, 1, 2)
 
     def patches(self) -> Patches:
         return Patches(self.kernel_size[0], self.stride[0], self.padding[0])
@@ -360,15 +371,15 @@ class Convolution(nn.Conv2d):
 class TransposedConvolution(nn.ConvTranspose2d):
     """PyTorch's, or on the CPU in float32, with many channels, `NineProducts`."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if x.dim() != 4 or output_size or not nine_products(self, x, 2 * x.shape[2], 2 * x.shape[3]):
+            return super().forward(x, output_size)
         n, _, height, width = x.shape
-        if not nine_products(self, x, 2 * height, 2 * width):
-            return super().forward(x)
         way, x = NineProducts(), x.permute(0, 2, 3, 1)
-        factors = Linear.apply(x, way.of_outputs, partial(way.outputs, shape=x.shape))
-        weight = Linear.apply(self.weight, way.of_weight, partial(way.weight, shape=self.weight.shape))
+        factors = WithAdjoint.apply(x, way.of_outputs, partial(way.outputs, shape=x.shape))
+        weight = WithAdjoint.apply(self.weight, way.of_weight, partial(way.weight, shape=self.weight.shape))
         images = partial(way.images, shape=(n, 2 * height, 2 * width, self.out_channels))
-        y = Linear.apply(factors @ weight, images, way.of_images).permute(0, 3, 1, 2)
+        y = WithAdjoint.apply(factors @ weight, images, way.of_images).permute(0, 3, 1, 2)
         return (y if self.bias is None else y + self.bias[:, None, None]).contiguous(memory_format=torch.channels_last)
 
 
@@ -556,7 +567,8 @@ class WGAN(dgr.Generator):
             with torch.no_grad():
                 loss, distance, gradients = critic_gradients(self.critic, real, fake, y, self.penalty_weight)
             for parameter, gradient in zip(self.critic.parameters(), gradients, strict=True):
-                parameter.grad = gradient
+                same = gradient.stride() == parameter.stride()  # or fused Adam would mix up what belongs to what
+                parameter.grad = gradient if same else torch.empty_like(parameter).copy_(gradient)
             self.critic_optimiser.step()
         else:
             loss, distance = gan.critic_loss(self._critic_of(y), real, fake, penalty_weight=self.penalty_weight)
@@ -573,11 +585,18 @@ class WGAN(dgr.Generator):
         return {"generator-loss": loss.detach()}
 
     def _in_one_pass(self, x: Tensor) -> bool:
-        """Whether `critic_gradients` can tell what the critic learns: on a CPU, not in bfloat16, from such layers."""
-        kinds = [type(layer) for layer in self.critic]
-        known = [*[Convolution, LeakyReLU] * (len(kinds) // 2 - 1), nn.Flatten, nn.Linear]
-        known = kinds == known and len(list(self.critic.parameters())) == len(kinds)  # each has a bias
-        return known and x.device.type == "cpu" and self.critic.compute_dtype is None
+        """Whether `critic_gradients` can tell what the critic learns: its own layers on a CPU, not in bfloat16.
+
+        Not from more values than 64 images of 32 x 32 have, as it keeps more of them than autograd does.
+        """
+        critic = self.critic
+        if x.device.type != "cpu" or type(critic) is not Network or critic.compute_dtype or x[:, 0].numel() > 2**16:
+            return False
+        hooks = any(layer._forward_hooks or layer._forward_pre_hooks for layer in critic.modules())
+        known = [*[Convolution, LeakyReLU] * ((len(critic) - 2) // 2), nn.Flatten, nn.Linear]
+        names = [f"{i}.{name}" for i in (*range(0, len(critic) - 2, 2), len(critic) - 1) for name in ("weight", "bias")]
+        same = list(map(type, critic)) == known and [name for name, _ in critic.named_parameters()] == names
+        return same and not hooks
 
     def _critic_of(self, y: Tensor | None) -> Callable[[Tensor], Tensor]:
         """The critic for images of classes y (n,), or for one such batch after another: scores (n, 1)."""

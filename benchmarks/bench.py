@@ -3,7 +3,7 @@
 
     make bench                                      at the default widths, on the device that main.py would use
     benchmarks/bench.py --image-size=64 --no-gpus   main.py's flags for networks, batches and number format work too
-    benchmarks/bench.py --against v1.0              beside the program of an earlier commit, in turn with ours
+    benchmarks/bench.py --against 5ef79e6           beside the program of an earlier commit, in turn with ours
 
 The baseline is how the method is usually written: float32, PIL transforms behind a DataLoader, a forward pass for each
 source of images, a gradient through the generator in the critic's updates, a fresh draw of replay for every update,
@@ -19,14 +19,12 @@ from __future__ import annotations  # names of types that earlier programs lack
 
 import contextlib
 import copy
-import io
 import json
 import os
 import resource
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -56,7 +54,6 @@ import train
 import utils
 
 ROOT = Path(__file__).resolve().parent.parent
-PROGRAM = "DGR_BENCHMARKED"  # names the directory of the program to measure, if it is not ROOT
 R = 0.5  # importance of the new task
 IMAGES = 60_000
 TEST_IMAGES = 1024
@@ -281,13 +278,12 @@ def program_of(
     if archive.returncode:
         raise utils.UserError(f"argument --against: git knows no commit {commit!r} here", status=2)
     with tempfile.TemporaryDirectory() as directory:
-        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
-            files.extractall(directory, filter="data")
+        subprocess.run(["tar", "-x", "-C", directory], input=archive.stdout, check=True)
         formats = (str(dtype).split(".")[-1] if dtype else None), torch.get_float32_matmul_precision()
         how = json.dumps([device.type, *formats, torch.backends.cudnn.allow_tf32])
         command = [sys.executable, __file__, "serve", how, *flags]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        with subprocess.Popen(command, env={**os.environ, PROGRAM: directory}, **pipes) as process:
+        with subprocess.Popen(command, env={**os.environ, "DGR_BENCHMARKED": directory}, **pipes) as process:
 
             def seconds(name: str, times: int) -> float:
                 with contextlib.suppress(BrokenPipeError):
@@ -296,8 +292,11 @@ def program_of(
                     raise utils.UserError(f"the program of {commit} ended: does it know these flags?")
                 return float(line)
 
-            yield seconds
-            process.stdin.close()
+            try:
+                yield seconds
+            finally:
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.close()
 
 
 def measure(

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import importlib.machinery
 import importlib.util
+import io
 import json
 import re
 import shlex
@@ -14,11 +15,13 @@ import sys
 import threading
 import time
 import types
+from functools import partialmethod
 
 import pytest
 import torch
 from conftest import ROOT, TINY, assert_one_line_error, call, run, start
 from test_data import write_task
+from tqdm import tqdm
 
 import data
 import main
@@ -142,7 +145,7 @@ def test_the_share_of_a_run_that_is_done_is_read_from_its_files(full, tmp_path, 
     """TINY has 2 critic updates and 1 of the generator, 4 times, then 6 of the solver, which count three times."""
     monkeypatch.chdir(tmp_path)
     job = full.make_jobs("permutated-mnist", None, TINY)[2]
-    assert job.share_done == 0 and job.cost_of_task == 4 * 3 + 6 * 3
+    assert job.share_done(0) == 0 and job.cost_of_task == 4 * 3 + 6 * 3
     utils.write_json(job.paths.results / "config.json", {"tasks": ["one", "two"]})
     metrics = job.paths.results / "metrics.csv"
     for row, share in (
@@ -152,16 +155,41 @@ def test_the_share_of_a_run_that_is_done_is_read_from_its_files(full, tmp_path, 
         ("solver,2,6", 1),
     ):
         metrics.write_text("phase,task,iteration,name,value\n" * 20 + f"{row},loss,0.5\n")
-        assert job.share_done == pytest.approx(share)
+        assert job.share_done(time.time()) == pytest.approx(share)
+    assert job.share_done(time.time() + 100) == 0  # of an earlier run of this name
     metrics.write_text("phase,task,iteration,name,value\n")
-    assert job.share_done == 0
+    assert job.share_done(0) == 0
+    (vae,) = full.make_jobs("noise-replay", None, [*TINY, "--sample-log", "--generator=vae"])
+    assert vae.cost_of_task == 4 + 6 * 3
+
+
+def test_one_bar_says_how_long_is_left_of_runs_side_by_side(full, tmp_path, monkeypatch):
+    """One that is continued from its middle: what was done before says nothing about the time."""
+    monkeypatch.chdir(tmp_path)
+    (job,) = full.make_jobs("noise-replay", None, TINY)
+    written, results = io.StringIO(), job.paths.results
+    monkeypatch.setattr(written, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(
+        full, "tqdm", type("OnTerminal", (tqdm,), {"__init__": partialmethod(tqdm.__init__, file=written, ncols=80)})
+    )
+
+    def run_here(job, *_):
+        utils.write_json(results / "config.json", {"tasks": ["one", "two"]})
+        for row in ("solver,2,3", "solver,2,4"):
+            (results / "metrics.csv").write_text(f"phase,task,iteration,name,value\n{row},loss,0.5\n")
+            time.sleep(1.5)
+
+    monkeypatch.setattr(full, "run_here", run_here)
+    assert full.run_jobs([job], argparse.Namespace(ray=None, jobs=2))  # it leaves no summary
+    shown = re.findall(r"(\d+)%[^\r]*about (\S+) left", written.getvalue())
+    assert ("75", "?") in shown and shown[-1][0] == "83" and re.fullmatch(r"00:0[2-9]", shown[-1][1])
 
 
 def test_a_failed_run_stops_no_other(tmp_path, small_mnist):
     with utils.locked(tmp_path / "results/permutated-mnist-joint-rauto"):  # as another run of this name does
-        process = experiments(tmp_path, small_mnist, "joint", "noise-replay")
+        process = experiments(tmp_path, small_mnist, "joint", "noise-replay", "--jobs=2")
     assert process.returncode == 1 and "Traceback" not in process.stderr + process.stdout
-    assert process.stdout.count("failed: exit status 1") == 1 and "main.py: error: " in process.stderr
+    assert process.stdout.count("failed: exit status 1: main.py: error: ") == 1
     assert "[2/2]" in process.stdout and (tmp_path / "results/noise-replay.png").exists()
     assert re.search("1 of 2 runs failed, the others are done: permutated-mnist-joint-", process.stderr)
 

@@ -117,6 +117,66 @@ def test_a_flat_critic_has_finite_gradients_in_one_pass():
     assert loss == 10 and all(gradient.isfinite().all() for gradient in gradients)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_critic_learns_the_same_in_one_pass(monkeypatch, layout):
+    """Fused Adam takes gradients as they lie in memory."""
+    weights = []
+    for in_one_pass in (False, True):
+        torch.manual_seed(2)
+        wgan = models.WGAN(1, replace(SMALL, generator_c_channel_size=16)).double().to(memory_format=layout)
+        if not in_one_pass:
+            monkeypatch.setattr(wgan, "_in_one_pass", lambda _: False)
+        for _ in range(3):
+            wgan.critic_step(bars(4).double())
+        weights.append(wgan.critic.state_dict())
+    torch.testing.assert_close(*weights)
+
+
+class Own(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def shared(critic):
+    critic[4] = critic[6] = models.Convolution(16, 16, 4, stride=2, padding=1)
+    critic[-1] = nn.Linear(64, 1)
+    return critic
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Own,
+        lambda critic: nn.Sequential(*critic),
+        lambda critic: Doubling(*critic),
+        lambda critic: (nn.utils.spectral_norm(critic[2]), critic)[1],
+        lambda critic: (spectral_norm(critic[2]), critic)[1],
+        lambda critic: (critic[0].register_forward_hook(lambda _layer, _x, y: 2 * y), critic)[1],
+        lambda critic: (critic.__setitem__(1, nn.Softplus()), critic)[1],
+        lambda critic: (setattr(critic, "compute_dtype", torch.bfloat16), critic)[1],
+        shared,
+    ],
+)
+def test_a_critic_of_another_kind_learns_by_autograd(monkeypatch, other):
+    wgan = models.WGAN(1, replace(SMALL, generator_c_channel_size=8))
+    assert wgan._in_one_pass(bars(64)) and not wgan._in_one_pass(bars(65))
+    monkeypatch.setattr(models, "critic_gradients", None)
+    wgan.critic = other(wgan.critic)
+    assert wgan.critic_step(bars(2))["critic-loss"].isfinite()
+
+
+@pytest.mark.parametrize("channels", [(64, 64), (8, 256)], ids=["nine products", "patches"])
+def test_an_activation_may_change_a_convolutions_outputs_in_place(channels):
+    convolution = models.Convolution(*channels, 4, stride=2, padding=1, bias=False)
+    x = torch.randn(8, channels[0], 8, 8)
+    nn.ReLU(inplace=True)(convolution(x)).sum().backward()
+    assert convolution.weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize(("where", "name"), [(models, "critic_gradients"), (gan, "critic_loss")])
 def test_critic_updates_take_a_fresh_batch_each_and_build_no_graph_through_the_generator(monkeypatch, where, name):
     """differences.md, 2 and 3; with a critic's own layers, and with others."""
@@ -300,7 +360,7 @@ def test_nine_products_are_a_convolution(kind, dtype, bound, bias):
     """In value, gradient and gradient of the gradient."""
     ours = kind(64, 72, 4, stride=2, padding=1, bias=bias).to(dtype)
     plain = reference.plain(ours, SMALL)[0].double()
-    x = torch.randn(2, 64, 8, 12, dtype=dtype)
+    x = torch.randn(3, 64, 8, 12, dtype=dtype)
     assert models.nine_products(ours, x, 8, 12) and not isinstance(plain, kind)
 
     def values(convolution, x):
