@@ -372,7 +372,8 @@ class TransposedConvolution(nn.ConvTranspose2d):
     """PyTorch's, or on the CPU in float32, with many channels, `NineProducts`."""
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        if x.dim() != 4 or output_size or not nine_products(self, x, 2 * x.shape[2], 2 * x.shape[3]):
+        least = 64 if torch.is_grad_enabled() else 128  # channels: PyTorch's own is slow above all in the gradients
+        if x.dim() != 4 or output_size or not nine_products(self, x, 2 * x.shape[2], 2 * x.shape[3], least):
             return super().forward(x, output_size)
         n, _, height, width = x.shape
         way, x = NineProducts(), x.permute(0, 2, 3, 1)
