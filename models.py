@@ -182,7 +182,7 @@ def can_be_scaled(layer: nn.Module) -> bool:
 
 
 class WithAdjoint(torch.autograd.Function):
-    """A linear function of a tensor, with its adjoint: differentiable any number of times, as each is the other's."""
+    """A linear function of a tensor, given with its adjoint. Each is the other's derivative, any number of times."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Callable[..., Tensor], adjoint: Callable[..., Tensor]) -> Tensor:
@@ -345,10 +345,11 @@ class Convolution(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         n, height, width, channels = shape = self.shape_of_outputs(x)
-        nine = nine_products(self, x, *x.shape[2:])
+        way = self.way(x)
+        nine = isinstance(way, NineProducts)
         if x.device.type != "cpu" or not (nine or n * height * width <= channels):
             return super().forward(x)
-        way, x = NineProducts() if nine else self.patches(), x.permute(0, 2, 3, 1)
+        x = x.permute(0, 2, 3, 1)
         factors = WithAdjoint.apply(x, way.of_images, partial(way.images, shape=x.shape))
         weight = WithAdjoint.apply(self.weight, way.of_weight, partial(way.weight, shape=self.weight.shape))
         if nine:
@@ -358,8 +359,10 @@ class Convolution(nn.Conv2d):
             y = F.linear(factors[0], weight[0], self.bias).view(shape)
         return y.permute(0, 3, 1, 2)
 
-    def patches(self) -> Patches:
-        return Patches(self.kernel_size[0], self.stride[0], self.padding[0])
+    def way(self, x: Tensor, channels: int = 64) -> "NineProducts | Patches":
+        """How to turn it into products; channels: see `nine_products`."""
+        plain = Patches(self.kernel_size[0], self.stride[0], self.padding[0])
+        return NineProducts() if nine_products(self, x, *x.shape[2:], channels) else plain
 
     def shape_of_outputs(self, x: Tensor) -> tuple[int, int, int, int]:
         """(n, height, width, channels)"""
@@ -491,8 +494,7 @@ def critic_gradients(
     x = torch.cat([real, fake, epsilon * real + (1 - epsilon) * fake])
     passed = []
     for layer, activation in zip(layers[::2], layers[1::2], strict=True):
-        nine = nine_products(layer, x, *x.shape[2:], channels=16)
-        way, shape = NineProducts() if nine else layer.patches(), layer.shape_of_outputs(x)
+        way, shape = layer.way(x, channels=16), layer.shape_of_outputs(x)  # one way or the other, so from fewer on
         seen, weight = way.of_images(x.permute(0, 2, 3, 1)), way.of_weight(layer.weight)
         outputs = F.leaky_relu_(way.outputs(seen @ weight.mT, shape).add_(layer.bias), activation.negative_slope)
         passed.append((way, layer.weight.shape, seen, weight, outputs, activation.negative_slope))

@@ -214,10 +214,6 @@ def operations(work: Callable[[], Any], times: int) -> float:
     return counter.total / times
 
 
-def images_at_once(device: torch.device) -> int:
-    return 64 if device.type == "cpu" else 512
-
-
 def our_ways(
     options: models.ScholarOptions,
     batch_size: int,
@@ -225,6 +221,7 @@ def our_ways(
     test: data.Split,
     device: torch.device,
     dtype: torch.dtype | None,
+    block: int,
 ) -> dict[str, Callable[[], Any]]:
     """The parts of training by name. They run with the programs of earlier commits too."""
     ours = models.make_scholar(1, CLASSES, options, compute_dtype=dtype).to(device)
@@ -232,7 +229,7 @@ def our_ways(
 
     def replay() -> dgr.GenerativeReplay:
         mode = dgr.GenerativeReplay(ours, [split], dgr.Targets("hard"))
-        mode.block = images_at_once(device)
+        mode.block = block
         return mode
 
     drawn = replay()
@@ -244,13 +241,13 @@ def our_ways(
         "solver-update-replay": partial(next, dgr.learn_solver(ours.solver, split, replay(), r=R, **how)),
         "replay-sampling": lambda: drawn.sample(batch_size),
         "batch": lambda: split.sample(batch_size),
-        "testing": lambda: train.precision(ours.solver.remember(), test, images_at_once(device)),
+        "testing": lambda: train.precision(ours.solver.remember(), test, block),
     }
 
 
 def serve(device_and_formats: str, *flags: str) -> None:
     """Measure what standard input asks for, line by line, with the program that the environment names."""
-    device, compute_dtype, precision, tf32 = json.loads(device_and_formats)
+    device, compute_dtype, block, precision, tf32 = json.loads(device_and_formats)
     dtype = getattr(torch, compute_dtype) if compute_dtype else None
     torch.set_float32_matmul_precision(precision)
     torch.backends.cudnn.allow_tf32 = tf32
@@ -263,7 +260,7 @@ def serve(device_and_formats: str, *flags: str) -> None:
     split = data.Split(images, torch.randint(CLASSES, (IMAGES,), device=device))
     test = data.Split(split.images[:TEST_IMAGES], split.labels[:TEST_IMAGES])
     clock = Clock(torch.device(device))
-    ways = our_ways(networks, options.batch_size, split, test, clock.device, dtype)
+    ways = our_ways(networks, options.batch_size, split, test, clock.device, dtype, block)
     for line in sys.stdin:
         name, times = line.split()
         print(clock.seconds(ways[name], int(times)), flush=True)
@@ -279,8 +276,8 @@ def program_of(
         raise utils.UserError(f"argument --against: git knows no commit {commit!r} here", status=2)
     with tempfile.TemporaryDirectory() as directory:
         subprocess.run(["tar", "-x", "-C", directory], input=archive.stdout, check=True)
-        formats = (str(dtype).split(".")[-1] if dtype else None), torch.get_float32_matmul_precision()
-        how = json.dumps([device.type, *formats, torch.backends.cudnn.allow_tf32])
+        how = [device.type, str(dtype).split(".")[-1] if dtype else None, models.images_at_once(device)]
+        how = json.dumps([*how, torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32])
         command = [sys.executable, __file__, "serve", how, *flags]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         with subprocess.Popen(command, env={**os.environ, "DGR_BENCHMARKED": directory}, **pipes) as process:
@@ -317,10 +314,11 @@ def measure(
     baseline_test = BaselineImages(raw[:TEST_IMAGES], labels[:TEST_IMAGES], options.image_size)
 
     eager_options = replace(options, cuda_graphs=False)
-    block = images_at_once(device)
-    ours = our_ways(options, options.batch_size, split, test, device, dtype)
+    block = models.images_at_once(device)
+    where = split, test, device, dtype, block
+    ours = our_ways(options, options.batch_size, *where)
     # A graph's operations can't be counted while it is replayed.
-    counted = our_ways(eager_options, options.batch_size, split, test, device, dtype) if options.cuda_graphs else ours
+    counted = our_ways(eager_options, options.batch_size, *where) if options.cuda_graphs else ours
     baseline = make_baseline(models.make_scholar(1, CLASSES, eager_options).to(device), options)
     old = copy.deepcopy(baseline).eval().requires_grad_(False)
     batches = baseline_batches(baseline_images, options, device)
