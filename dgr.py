@@ -197,6 +197,7 @@ class ReplayMode(nn.Module):
     from_scratch = False  # whether the new scholar starts from fresh weights
     importance: float | str | None = None  # r of equation 1, if the mode prescribes it
     block = 64  # pairs that a model draws at once; the task loop sets it to what suits the device
+    pool = 0  # pairs that a model draws once and replays again and again; 0: it draws each for one use
     current: Source  # D_i, which the task loop sets
 
     def __init__(self, old_scholar: Scholar, old_tasks: Sequence[Source], targets: Targets):
@@ -265,7 +266,7 @@ class LwF(ReplayMode):
 class ModelReplay(ReplayMode):
     """Replay without old data: inputs that a model draws, answered by the old solver.
 
-    They are drawn `block` at a time, and each is used once.
+    They are drawn `block` at a time, and each is used once; or all at the start, into a `pool` to choose from.
     """
 
     def __init__(self, old_scholar: Scholar, old_tasks: Sequence[Source], targets: Targets):
@@ -292,6 +293,13 @@ class ModelReplay(ReplayMode):
         return self._next("inputs", n)[0]
 
     def _next(self, kind: str, n: int) -> tuple[Tensor, ...]:
+        if self.pool:
+            if "pairs" not in self._drawn:
+                blocks = [self.draw_pairs(self.block) for _ in range(-(-self.pool // self.block))]
+                self._drawn["pairs"] = tuple(torch.cat(parts)[: self.pool] for parts in zip(*blocks, strict=True))
+            pairs = self._drawn["pairs"]
+            rows = torch.randint(self.pool, (n,), device=pairs[0].device)
+            return tuple(part[rows] for part in pairs)
         drawn = self._drawn.get(kind, ())
         if not drawn or len(drawn[0]) < n:
             size = max(self.block, n)

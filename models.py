@@ -1,6 +1,6 @@
 """Generators and solvers: the networks, how they learn, and the device and number format they compute in.
 
-`WGAN` and `VAE` learn the inputs, `CNN` and `MLP` learn the answers, through the interfaces in `dgr.py`. To add one,
+`WGAN`, `VAE` and `Flow` learn the inputs, `CNN` and `MLP` learn the answers, through the interfaces in `dgr.py`. To add one,
 write a class like these and add a line to `GENERATORS` or `SOLVERS`; its options are fields of the dataclasses below.
 """
 
@@ -65,19 +65,20 @@ class ScholarOptions:
 
     image_size: int = option(32, SIZES, "networks", choices=range(16, 129, 16), metavar="N", group="images")
     generator: str = option(
-        "wgan", "WGAN-GP, VAE, or your own MODULE:CLASS", "networks", choices=lambda: GENERATORS, group="generator",
-        parse=class_of(lambda: GENERATORS), metavar="{wgan,vae,MODULE:CLASS}",
+        "wgan", "WGAN-GP, VAE, flow matching, or your own MODULE:CLASS", "networks", choices=lambda: GENERATORS,
+        parse=class_of(lambda: GENERATORS), group="generator", metavar="{wgan,vae,flow,MODULE:CLASS}",
     )  # fmt: skip
     generator_lambda: float = option(10.0, "weight of the gradient penalty (wgan)", low=0)
-    generator_z_size: int = option(100, "size of the noise", "networks", low=1)
+    generator_z_size: int = option(100, "size of the noise (wgan, vae)", "networks", low=1)
     generator_c_channel_size: int = option(64, "channels of the critic's first layer (wgan)", "networks", low=1)
     generator_g_channel_size: int = option(
         64,
-        "channels of the generator's last hidden layer (wgan), or a 16th of its units (vae)",
+        "channels of the generator's last hidden layer (wgan), or a 16th (vae) or 32nd (flow) of its units",
         "networks",
         low=1,
     )
     generator_c_updates_per_g_update: int = option(5, "critic updates per generator update (wgan)", low=1)
+    generator_steps: int = option(16, "steps from noise to an image (flow)", low=1)
     generator_conditional: bool = option(False, "tell the generator the class of each image", "networks")
     solver: str = option(
         "cnn", "convolutional or linear layers, or MODULE:CLASS", "networks", choices=lambda: SOLVERS, group="solver",
@@ -649,8 +650,96 @@ class VAE(dgr.Generator):
         return {"reconstruction": reconstruction.detach(), "divergence": divergence.detach()}
 
 
+class Flow(dgr.Generator):
+    """Flow matching: noise moves to an image along straight lines (Lipman et al. 2023, arXiv 2210.02747).
+
+    At time t, x_t = (1 - t) z + t x lies between noise z and an image x, and moves on by x - z. The network estimates x
+    from x_t, and thus where to move: (x - x_t) / (1 - t) (Liu et al. 2023, arXiv 2209.03003, equations 1 and 2). Its
+    layers are linear: it is cheap on a CPU, and the order of pixels does not matter to it.
+    """
+
+    captured = ("learn",)
+    draws = 4  # noises and times for each image of a batch: their mean is a better gradient
+    without_class = 0.1  # the share of images whose class the network is not told, so that it can do without
+
+    def __init__(self, image_channels: int, options: ScholarOptions):
+        shape = (image_channels, options.image_size, options.image_size)
+        width, classes = 32 * options.generator_g_channel_size, options.generator_classes
+        net = Trajectory(shape, width, classes, options.generator_steps)
+        super().__init__(net, math.prod(shape), classes)
+        self.optimiser = options.optimiser(self.net)
+
+    def update(self, inputs: Callable[[], Any]) -> dict[str, Tensor]:
+        return self.learn(*inputs()) if self.classes else self.learn(inputs())
+
+    def learn(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        """One step down the cross-entropy of the estimates of x (n, channels, 32, 32), of classes y (n,), per pixel.
+
+        Like the squared error of the velocity, it is least where the estimate is the mean of x, and it tells a black
+        pixel from a dark one. Weighed as that error is, by 1 / (1 - t)^2, little but the last details would be learned.
+        """
+        x = x.clamp(0, 1).repeat(self.draws, 1, 1, 1)  # noise replay's x may lie outside
+        t, chance = torch.rand(2, len(x), 1, dtype=x.dtype, device=x.device)
+        if y is not None:
+            self.seen[y] = 1
+            y = F.one_hot(y.repeat(self.draws), self.classes) * (chance >= self.without_class)
+        x_t = (1 - t) * torch.randn_like(x).flatten(1) + t * (2 * x - 1).flatten(1)
+        estimate = self.net.estimate(x_t, t, y).nan_to_num(0.5)  # diverged weights, which the task loop reports
+        loss = F.binary_cross_entropy(estimate, x)
+        step(self.optimiser, loss)
+        return {"flow-matching": loss.detach()}
+
+
+class Trajectory(nn.Module):
+    """The flow's network: from noise (n, pixels), and classes (n, classes), to images in `steps` steps.
+
+    With classes, each step goes `guidance` times as far as the class takes it from where it would go without (Ho and
+    Salimans 2022, arXiv 2207.12598): images then show their class more clearly, and differ a little less.
+    """
+
+    guidance = 1.5
+    frequencies = 16  # of sines and cosines that tell the layers the time
+
+    def __init__(self, shape: tuple[int, int, int], width: int, classes: int, steps: int):
+        super().__init__()
+        self.pixels, self.steps = math.prod(shape), steps
+
+        def residual() -> Residual:
+            return Residual(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+
+        first = nn.Linear(self.pixels + 2 * self.frequencies + classes, width)
+        last = nn.Linear(width, self.pixels)
+        self.layers = Network(first, residual(), residual(), nn.SiLU(), last, Sigmoid(), nn.Unflatten(1, shape))
+        self.register_buffer("frequency", 1000 ** (1 - torch.arange(self.frequencies) / self.frequencies))
+
+    def estimate(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """What x (n, channels, 32, 32) is on average, given x_t (n, pixels) at t (n, 1) and classes y (n, classes)."""
+        angle = t * self.frequency
+        parts = [x_t, angle.sin(), angle.cos()] + ([] if y is None else [y.to(x_t)])
+        return self.layers(torch.cat(parts, dim=1))
+
+    def forward(self, noise: Tensor) -> Tensor:
+        x, y = noise.split([self.pixels, noise.shape[1] - self.pixels], dim=1)
+        for i in range(self.steps):
+            t = noise.new_full((len(noise), 1), i / self.steps)
+            if y.shape[1]:
+                told, untold = self.estimate(x.repeat(2, 1), t.repeat(2, 1), torch.cat([y, 0 * y])).chunk(2)
+                image = untold + self.guidance * (told - untold)
+            else:
+                image = self.estimate(x, t)
+            x = x + (2 * image.flatten(1) - 1 - x) / (self.steps - i)
+        return image.clamp(0, 1)
+
+
+class Residual(nn.Sequential):
+    """Layers whose output is added to their input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
 # To add a generator, write a class like these and add a line here: it becomes a choice of --generator.
-GENERATORS: dict[str, Callable[[int, ScholarOptions], dgr.Generator]] = {"wgan": WGAN, "vae": VAE}
+GENERATORS: dict[str, Callable[[int, ScholarOptions], dgr.Generator]] = {"wgan": WGAN, "vae": VAE, "flow": Flow}
 
 
 Loss = Callable[[dgr.Pairs, dgr.Pairs | None], Tensor]  # of current and replayed pairs
@@ -742,11 +831,16 @@ def make_scholar(
 
 
 NO_CRITIC = ("generator_lambda", "generator_c_channel_size", "generator_c_updates_per_g_update")
+IDLE = {
+    "wgan": ("generator_steps",),
+    "vae": (*NO_CRITIC, "generator_steps"),
+    "flow": (*NO_CRITIC, "generator_z_size"),
+}
 
 
 def unused(options: ScholarOptions) -> dict[str, str]:
     """The options without effect beside these networks, and what takes it from them."""
-    found = dict.fromkeys(NO_CRITIC, "--generator=vae") if options.generator == "vae" else {}
+    found = dict.fromkeys(IDLE.get(options.generator, ()), f"--generator={options.generator}")
     convolutions = dict.fromkeys(("solver_depth", "solver_reducing_layers"), "--solver=mlp")
     return found | (convolutions if options.solver == "mlp" else {})
 

@@ -54,6 +54,9 @@ class TrainingOptions:
     )
     replay_targets: str | None = option(None, TARGETS, choices=("true", "hard", "soft", "own"))
     temperature: float | None = option(None, "softmax temperature of soft targets (default: 2)", low=0.01, high=1000)
+    replay_pool: int = option(
+        0, "inputs drawn once per task and replayed again and again; 0: each is used once (models)", low=0
+    )
     importance_of_new_task: float | str = option(
         0.3, "r of equation 1, or auto: 1/i at task i (always so in joint)", parse=importance, metavar="R"
     )
@@ -104,6 +107,8 @@ def unused(options: TrainingOptions) -> dict[str, str]:
     """The options without effect beside this penalty and replay mode, and what takes it from them."""
     mode = dgr.REPLAY_MODES[options.replay_mode]
     found = {"penalty_weight": "--penalty=none"} if options.penalty == "none" else {}
+    if mode is None or not issubclass(mode, dgr.ModelReplay):
+        found["replay_pool"] = f"--replay-mode={options.replay_mode}"
     if mode is not None and mode.importance:
         found["importance_of_new_task"] = f"--replay-mode={options.replay_mode}"
     return found
@@ -341,7 +346,8 @@ class Training:
         old_tasks = [self._data(task, heads=len(old)) for task in old]
         old_scholar = self.before.scholar if self.before and self.task == self.first else self.scholar
         replay = mode(old_scholar, old_tasks, self.options.targets)
-        replay.block, replay.current = self.images_at_once, self.tasks[self.task - 1].train
+        replay.block, replay.pool = self.images_at_once, self.options.replay_pool
+        replay.current = self.tasks[self.task - 1].train
         return replay
 
     def _data(self, task: int, heads: int) -> dgr.Source:

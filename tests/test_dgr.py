@@ -159,6 +159,26 @@ def test_generative_replay_is_the_old_scholars_pairs_and_blocks_change_nothing()
     assert torch.equal(y, y_expected) and len(x.flatten(1).unique(dim=0)) == len(x)
 
 
+def test_a_pool_is_drawn_once_and_replayed_evenly():
+    """As pairs: whether the generator or the solver learns them, they are the same ones."""
+    scholar = small_scholar()
+    replay = generative_replay(scholar, block=8)
+    replay.pool = 20
+    torch.manual_seed(3)
+    x, y = replay.sample(2000)
+    rows, counts = x.flatten(1).unique(dim=0, return_counts=True)
+    assert len(rows) == 20 and (counts - 100).abs().max() < 50  # five standard deviations
+    torch.manual_seed(3)
+    blocks = [scholar.generator.sample(8) for _ in range(3)]
+    torch.testing.assert_close(rows, torch.cat(blocks)[:20].flatten(1).unique(dim=0))
+    assert torch.equal(y, scholar.solver.answer(x))
+    assert torch.equal(replay.inputs(300).flatten(1).unique(dim=0), rows)
+    other = generative_replay(small_scholar())
+    other.pool = 20
+    other.set_extra_state(replay.get_extra_state())
+    assert torch.equal(other.inputs(300).flatten(1).unique(dim=0), rows)
+
+
 def test_lwf_replays_the_current_tasks_inputs_with_the_old_solvers_answers():
     scholar = small_scholar()
     replay = dgr.LwF(scholar, [Constant(0.1, 1)], dgr.Targets("soft", 2.0))
@@ -444,14 +464,15 @@ def test_a_penalty_is_added_to_equation_1_whatever_is_replayed():
 CONDITIONAL = {"generator_conditional": True}
 
 
-@pytest.mark.parametrize("kind", ["wgan", "vae"])
+@pytest.mark.parametrize("kind", ["wgan", "vae", "flow"])
 def test_a_conditional_generator_draws_the_classes_seen_equally_often(kind):
     generator = small_scholar(generator=kind, **CONDITIONAL).generator
     for label in (2, 7, 7, 7):  # one more often than the other
         list(dgr.learn_generator(generator, Constant(0.5, label), None, r=1.0, iterations=1, batch_size=4))
     z = generator.remember().noise(2000)
-    assert z.shape == (2000, 5 + 10) and torch.equal(z[:, 5:].sum(dim=1), torch.ones(2000))
-    counts = z[:, 5:].sum(dim=0)
+    size = 1024 if kind == "flow" else 5
+    assert z.shape == (2000, size + 10) and torch.equal(z[:, size:].sum(dim=1), torch.ones(2000))
+    counts = z[:, size:].sum(dim=0)
     assert counts.nonzero().flatten().tolist() == [2, 7] and abs(counts[2] - 1000) < 112  # five standard deviations
 
 

@@ -34,7 +34,7 @@ import utils
         (["--train", "--test"], ["not allowed with"]),
         (["--train", "--experiment=mnist"], ["--experiment", "permutated-mnist"]),
         (["--train", "--replay-mode=all"], ["--replay-mode", "generative-replay"]),
-        (["--train", "--recipe=fast"], ["--recipe", "2017", "best", "quick", "vae"]),
+        (["--train", "--recipe=fast"], ["--recipe", "2017", "best", "quick", "demo", "flow", "vae"]),
         (["--train", "--quick", "--recipe=vae"], ["--recipe", "not allowed with", "--quick"]),
         (["--train", "--importance-of-new-task=1.5"], ["--importance-of-new-task", "'1.5'", "at most 1"]),
         (["--train", "--importance-of-new-task=nan"], ["--importance-of-new-task", "'nan'"]),

@@ -459,7 +459,7 @@ def test_solver_depth_and_reducing_layers(depth, reducing_layers, size):
     assert solver(torch.rand(2, 3, 32, 32)).shape == (2, 10)
 
 
-@pytest.mark.parametrize("generator, solver", [("wgan", "cnn"), ("vae", "mlp")])
+@pytest.mark.parametrize("generator, solver", [("wgan", "cnn"), ("vae", "mlp"), ("flow", "mlp")])
 @pytest.mark.parametrize("size", [16, 48, 128])
 def test_networks_learn_images_of_other_sizes(generator, solver, size):
     """Five convolutions that halve bring 48 to 2: a side that is not even is rounded up."""
@@ -511,6 +511,62 @@ def test_vae_loss_is_the_negative_evidence_lower_bound():
     torch.manual_seed(1)
     expected = {"reconstruction": -likelihood.detach(), "divergence": divergence.detach()}
     torch.testing.assert_close(vae.update(lambda: x), expected)
+
+
+def test_flow_learns_and_is_remembered_like_any_generator():
+    flow = small_scholar(generator="flow").generator
+    losses = [float(flow.update(lambda: bars(8))["flow-matching"]) for _ in range(60)]
+    assert losses[-1] < losses[0] / 2, losses
+    old = flow.remember()
+    assert old.sample(3).shape == (3, 1, 32, 32) and not hasattr(old, "optimiser")
+
+
+def test_flow_loss_is_that_of_the_estimate_of_each_image():
+    """By hand, in a random order of its own: time, chance, noise; a class not told is no class."""
+    flow = small_scholar(generator="flow", generator_conditional=True).double().generator
+    flow.draws, flow.without_class = 3, 0.5
+    x, y = torch.rand(4, 1, 32, 32, dtype=torch.float64), torch.tensor([1, 2, 3, 3])
+    torch.manual_seed(1)
+    t, chance = torch.rand(2, 12, 1, dtype=torch.float64)
+    noise = torch.randn(12, 1, 32, 32, dtype=torch.float64)
+    errors, told = [], 0
+    for row in range(12):
+        image, label = x[row % 4], nn.functional.one_hot(y[row % 4], 10)
+        label, told = (label, told + 1) if chance[row] >= 0.5 else (0 * label, told)
+        between = noise[row] + t[row] * (2 * image - 1 - noise[row])
+        estimate = flow.net.estimate(between.reshape(1, -1), t[row : row + 1], label[None])
+        errors.append(-(image * estimate.log() + (1 - image) * (1 - estimate).log()).mean().detach())
+    torch.manual_seed(1)
+    torch.testing.assert_close(flow.learn(x, y)["flow-matching"], torch.stack(errors).mean())
+    assert 0 < told < 12 and flow.seen.nonzero().flatten().tolist() == [1, 2, 3]
+
+
+def test_flow_draws_what_it_estimates_and_with_many_steps_the_distribution():
+    """For pixels of a Gaussian, the best estimate is known, and the flow ends in that Gaussian."""
+    net, deviation, noise = models.Trajectory((1, 16, 16), 8, 0, steps=1), 0.3, torch.randn(400, 256)
+    estimate_of = net.estimate
+
+    def best(x_t, t, y=None):
+        estimate = t * deviation**2 / ((1 - t) ** 2 + t**2 * deviation**2) * x_t
+        return (estimate.view(-1, 1, 16, 16) + 1) / 2
+
+    net.estimate = best
+    assert net(noise).std() == 0  # one step leads to the mean
+    for net.steps, expected in ((2, 0.165 / 4), (100, 0.15)):  # of images in [0, 1]: half of what it is in [-1, 1]
+        images = net(noise)
+        assert images.std().item() == pytest.approx(expected, abs=0.005), net.steps
+        assert images.mean().item() == pytest.approx(0.5, abs=0.005)
+    net.estimate, net.steps = estimate_of, 1
+    image = net.estimate(noise, torch.zeros(400, 1))
+    torch.testing.assert_close(net(noise), image, rtol=0, atol=0)
+
+
+def test_flow_follows_its_class_beyond_what_it_would_draw_without():
+    net = models.Trajectory((1, 16, 16), 8, 2, steps=3)
+    net.estimate = lambda x_t, t, y: (0.2 + 0.3 * y[:, :1] * torch.ones_like(x_t)).view(-1, 1, 16, 16)
+    y = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    images = net(torch.cat([torch.randn(2, 256), y], dim=1))
+    torch.testing.assert_close(images.flatten(1).mean(dim=1), torch.tensor([0.2 + 1.5 * 0.3, 0.2]))
 
 
 # ------------------------------------------------------------------------------------------------------- options
@@ -614,7 +670,11 @@ def eager_and_captured(options, device, **settings):
     return eager, captured
 
 
-PARTS = pytest.mark.parametrize("parts", [{}, {"generator": "vae", "solver": "mlp"}], ids=["wgan-cnn", "vae-mlp"])
+PARTS = pytest.mark.parametrize(
+    "parts",
+    [{}, {"generator": "vae", "solver": "mlp"}, {"generator": "flow"}],
+    ids=["wgan-cnn", "vae-mlp", "flow-cnn"],
+)
 
 
 @PARTS

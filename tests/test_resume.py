@@ -120,6 +120,7 @@ def test_resumed_run_is_the_run_that_was_never_stopped(tmp_path, small_mnist, wh
         ["--replay-mode=lwf", "--heads=task", "--penalty=ewc"],
         ["--replay-mode=joint"],
         ["--generator-conditional", "--replay-targets=own", "--heads=one"],
+        ["--generator=flow", "--replay-pool=100"],
     ],
 )
 def test_every_setting_resumes(tmp_path, small_mnist, monkeypatch, setting):
