@@ -1,6 +1,6 @@
 """Generators and solvers: the networks, how they learn, and the device and number format they compute in.
 
-`WGAN`, `VAE` and `Flow` learn the inputs, `CNN` and `MLP` learn the answers, through the interfaces in `dgr.py`. To add one,
+`WGAN`, `VAE` and `Flow` learn the inputs, `CNN` and `MLP` the answers, through the interfaces in `dgr.py`. To add one,
 write a class like these and add a line to `GENERATORS` or `SOLVERS`; its options are fields of the dataclasses below.
 """
 

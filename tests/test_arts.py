@@ -257,6 +257,30 @@ def test_every_variation_changes_what_is_learned_and_is_kept(figures, tmp_path, 
     assert str(tmp_path) not in (figures.ARTS / "runs.csv").read_text()
 
 
+def test_peers_are_run_after_ours_and_what_is_done_is_kept(tmp_path, small_mnist):
+    """A stand-in says what van de Ven's program says at its end, and fails on the second experiment."""
+    peer = tmp_path / "peer"
+    peer.mkdir()
+    said = "print('=> average accuracy over all 5 contexts: 0.9000')"
+    failure = "sys.exit('no such data') if '--experiment=permMNIST' in sys.argv else 0"
+    (peer / "main.py").write_text(f"import sys\n{failure}\n{said}\n")
+    flags = [f"--van-de-ven={peer}", f"--data-dir={small_mnist}", "--shorter=1000", "--unverified-data"]
+    process = call("benchmarks/peers.py", *flags, cwd=tmp_path)
+    assert process.returncode == 1
+    assert process.stderr.splitlines()[-1] == (
+        "peers.py: error: van de Ven ended with status 1 and no precision: no such data"
+    )
+    runs = json.loads((tmp_path / "results" / "peers.json").read_text())["runs"]
+    assert [(run["experiment"], run["program"], run["steps"]) for run in runs] == [
+        ("split-mnist", "ours", 2),
+        ("split-mnist", "van de Ven", 2),
+        ("permutated-mnist", "ours", 1),
+    ]
+    assert runs[1]["precision"] == 0.9 and 0 < runs[0]["precision"] < 1 and runs[0]["seconds"] > 0
+    wrong = call("benchmarks/peers.py", "--van-de-ven=.", *flags[1:], cwd=tmp_path)
+    assert_one_line_error(wrong, 2, "--van-de-ven", "checkout")
+
+
 @pytest.mark.parametrize("script", ["benchmarks/bench.py", "benchmarks/ablations.py"])
 def test_what_the_machine_cannot_do_is_one_line(tmp_path, script):
     process = call(script, *TINY, "--no-gpus", "--cuda-graphs", cwd=tmp_path)

@@ -32,7 +32,7 @@ import visual
 MANUAL = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]  # whose commands and examples run
 PAGES = [*MANUAL, ROOT / "arts/RESULTS.md", ROOT / "benchmarks/README.md"]
 SCRIPTS = ["visual.py", "arts/figures.py", "benchmarks/bench.py", "benchmarks/ablations.py"]
-SCRIPTS += ["benchmarks/gpu.py", "run_full_experiments"]
+SCRIPTS += ["benchmarks/gpu.py", "benchmarks/peers.py", "run_full_experiments"]
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("arts/*.py"), *ROOT.glob("benchmarks/*.py"), ROOT / "run_full_experiments"]
 # Flags of other programs that are named: TensorBoard, pip, SLURM.
 FOREIGN = {"--logdir", "--no-deps", "--array", "--gpus", "--wrap"}
@@ -201,7 +201,8 @@ def test_recipes_of_the_docs_are_those_of_the_program():
         expected = default | main.RECIPES[recipe][experiment]
         for flag, value in values.items():
             is_set = expected[flag[2:].replace("-", "_")]
-            assert type(is_set)(value) == is_set, (recipe, experiment, flag)
+            given = value == "yes" if isinstance(is_set, bool) else type(is_set)(value)
+            assert given == is_set, (recipe, experiment, flag)
     assert main.parse(["--train"]).replay_targets == default["replay_targets"]
 
 
