@@ -185,7 +185,8 @@ def together(settings: Sequence[Setting]) -> dict[str, list[Setting]]:
     shown only if it is the recipe as it is.
     """
     groups: dict[tuple[int, str], dict[str, Setting]] = {}
-    for setting in sorted(settings, key=lambda setting: (len(setting.finished), -len(setting.first.flags))):
+    plain = {"--sample-log"}  # which changes nothing that a solver learns
+    for setting in sorted(settings, key=lambda setting: (len(setting.finished), -len({*setting.first.flags} - plain))):
         run = setting.first
         networks = [flag for flag in run.flags if flag.split("=")[0] in NETWORKS]
         networks = ["narrow"] if set(networks) == set(NARROW) else [flag.removeprefix("--") for flag in networks]

@@ -58,6 +58,15 @@ def pixels(path: Path) -> bytes:
         return image.convert("RGB").tobytes()
 
 
+def test_a_penalty_does_not_stand_for_the_replay_mode_without_one(figures, kept):
+    """Of as many seeds, and beside a flag that changes no solver."""
+    settings = utils.group_runs([run for run in kept if not run.config["variation"]])["permutated-mnist"]
+    flags = {tuple(setting.first.flags) for setting in settings if setting.first.replay_mode == "none"}
+    assert {("--sample-log",), ("--penalty=ewc",)} <= flags
+    none = figures.together(settings)["quick"][0]
+    assert (none.first.replay_mode, none.first.flags) == ("none", ["--sample-log"])
+
+
 def test_make_figures_reproduces_results_and_every_picture_it_shows(figures):
     shown = set(re.findall(r"\]\(([\w.-]+\.(?:png|gif))\)", (ARTS / "RESULTS.md").read_text()))
     assert len(shown) > 20 and shown == {path.name for path in [*ARTS.glob("*-*.png"), *ARTS.glob("*.gif")]}
