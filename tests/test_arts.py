@@ -266,28 +266,37 @@ def test_every_variation_changes_what_is_learned_and_is_kept(figures, tmp_path, 
     assert str(tmp_path) not in (figures.ARTS / "runs.csv").read_text()
 
 
-def test_peers_are_run_after_ours_and_what_is_done_is_kept(tmp_path, small_mnist):
+def test_peers_are_run_after_ours_and_what_is_done_is_kept(tmp_path, small_mnist, monkeypatch, capsys):
     """A stand-in says what van de Ven's program says at its end, and fails on the second experiment."""
-    peer = tmp_path / "peer"
-    peer.mkdir()
-    said = "print('=> average accuracy over all 5 contexts: 0.9000')"
-    failure = "sys.exit('no such data') if '--experiment=permMNIST' in sys.argv else 0"
-    (peer / "main.py").write_text(f"import sys\n{failure}\n{said}\n")
-    flags = [f"--van-de-ven={peer}", f"--data-dir={small_mnist}", "--shorter=1000", "--unverified-data"]
-    process = call("benchmarks/peers.py", *flags, cwd=tmp_path)
-    assert process.returncode == 1
-    assert process.stderr.splitlines()[-1] == (
-        "peers.py: error: van de Ven ended with status 1 and no precision: no such data"
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import peers
+
+    command, pattern = peers.ours("split-mnist", 20, 3, tmp_path, [f"--data-dir={small_mnist}"])
+    options = main.parse(command[2:])
+    assert (options.experiment, options.recipe, options.solver_iterations, options.seed) == ("split-mnist", "vae", 20, 3)
+    assert re.findall(pattern, "permutated-mnist-none-r1: average precision 0.8125, forgetting") == ["0.8125"]
+    stand_in = [sys.executable, "-c", "print('average precision 0.7')"]
+    monkeypatch.setattr(peers, "ours", lambda *_: (stand_in, pattern))
+    (tmp_path / "main.py").write_text(
+        "import sys\nif '--experiment=permMNIST' in sys.argv: sys.exit('no such data')\n"
+        "print('=> average accuracy over all 5 contexts: 0.9000')\n"
     )
-    runs = json.loads((tmp_path / "results" / "peers.json").read_text())["runs"]
-    assert [(run["experiment"], run["program"], run["steps"]) for run in runs] == [
-        ("split-mnist", "ours", 2),
-        ("split-mnist", "van de Ven", 2),
-        ("permutated-mnist", "ours", 1),
+    arguments = [f"--van-de-ven={tmp_path}", f"--data-dir={small_mnist}", f"--output={tmp_path / 'peers.json'}"]
+    monkeypatch.setattr(sys, "argv", ["peers.py", *arguments])
+    with pytest.raises(utils.UserError, match="van de Ven ended with status 1 and no precision: no such data"):
+        peers.main()
+    runs = json.loads((tmp_path / "peers.json").read_text())["runs"]
+    assert [(run["experiment"], run["program"], run["steps"], run["precision"]) for run in runs] == [
+        ("split-mnist", "ours", 2000, 0.7),
+        ("split-mnist", "van de Ven", 2000, 0.9),
+        ("permutated-mnist", "ours", 1000, 0.7),
     ]
-    assert runs[1]["precision"] == 0.9 and 0 < runs[0]["precision"] < 1 and runs[0]["seconds"] > 0
-    wrong = call("benchmarks/peers.py", "--van-de-ven=.", *flags[1:], cwd=tmp_path)
-    assert_one_line_error(wrong, 2, "--van-de-ven", "checkout")
+    ratio = runs[1]["seconds"] / runs[0]["seconds"]
+    assert f"| split-mnist | van de Ven | 2000 | 0.9000 | {runs[1]['seconds']:.0f} | {ratio:.1f} |" in peers.table(runs)
+    monkeypatch.setattr(sys, "argv", ["peers.py", "--van-de-ven=nowhere", *arguments[1:]])
+    with pytest.raises(SystemExit, match="2"):
+        peers.main()
+    assert "argument --van-de-ven: nowhere is not a checkout of it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", ["benchmarks/bench.py", "benchmarks/ablations.py"])
