@@ -40,8 +40,7 @@ DEMO = QUICK | {"generator_c_updates_per_g_update": 2, "generator_iterations": 3
 DEMO |= {"solver_channel_size": 128, "solver_iterations": 500}
 VAE = SOFT | {"generator": "vae", "solver": "mlp", "lr": 1e-3, "batch_size": 128}
 VAE_CHAIN = {"solver": "cnn", "solver_channel_size": 128, "solver_iterations": 5000, "temperature": 4.0}
-FLOW = QUICK | {"generator": "flow", "generator_conditional": True, "replay_targets": "own", "replay_pool": 10_000}
-FLOW |= {"generator_iterations": 3000}
+FLOW = QUICK | {"generator": "flow", "generator_iterations": 1500, "replay_pool": 10_000}
 # The defaults that each recipe sets: for the experiments named, and ("") for all others.
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "2017": {"": {}},

@@ -659,8 +659,7 @@ class Flow(dgr.Generator):
     """
 
     captured = ("learn",)
-    draws = 4  # noises and times for each image of a batch: their mean is a better gradient
-    without_class = 0.1  # the share of images whose class the network is not told, so that it can do without
+    draws = 2  # noises and times for each image of a batch: their mean is a better gradient
 
     def __init__(self, image_channels: int, options: ScholarOptions):
         shape = (image_channels, options.image_size, options.image_size)
@@ -679,10 +678,10 @@ class Flow(dgr.Generator):
         pixel from a dark one. Weighed as that error is, by 1 / (1 - t)^2, little but the last details would be learned.
         """
         x = x.clamp(0, 1).repeat(self.draws, 1, 1, 1)  # noise replay's x may lie outside
-        t, chance = torch.rand(2, len(x), 1, dtype=x.dtype, device=x.device)
+        t = torch.rand(len(x), 1, dtype=x.dtype, device=x.device)
         if y is not None:
             self.seen[y] = 1
-            y = F.one_hot(y.repeat(self.draws), self.classes) * (chance >= self.without_class)
+            y = F.one_hot(y.repeat(self.draws), self.classes)
         x_t = (1 - t) * torch.randn_like(x).flatten(1) + t * (2 * x - 1).flatten(1)
         estimate = self.net.estimate(x_t, t, y).nan_to_num(0.5)  # diverged weights, which the task loop reports
         loss = F.binary_cross_entropy(estimate, x)
@@ -691,13 +690,8 @@ class Flow(dgr.Generator):
 
 
 class Trajectory(nn.Module):
-    """The flow's network: from noise (n, pixels), and classes (n, classes), to images in `steps` steps.
+    """The flow's network: from noise (n, pixels), and classes (n, classes), to images in `steps` steps."""
 
-    With classes, each step goes `guidance` times as far as the class takes it from where it would go without (Ho and
-    Salimans 2022, arXiv 2207.12598): images then show their class more clearly, and differ a little less.
-    """
-
-    guidance = 1.5
     frequencies = 16  # of sines and cosines that tell the layers the time
 
     def __init__(self, shape: tuple[int, int, int], width: int, classes: int, steps: int):
@@ -721,14 +715,9 @@ class Trajectory(nn.Module):
     def forward(self, noise: Tensor) -> Tensor:
         x, y = noise.split([self.pixels, noise.shape[1] - self.pixels], dim=1)
         for i in range(self.steps):
-            t = noise.new_full((len(noise), 1), i / self.steps)
-            if y.shape[1]:
-                told, untold = self.estimate(x.repeat(2, 1), t.repeat(2, 1), torch.cat([y, 0 * y])).chunk(2)
-                image = untold + self.guidance * (told - untold)
-            else:
-                image = self.estimate(x, t)
+            image = self.estimate(x, x.new_full((len(x), 1), i / self.steps), y)
             x = x + (2 * image.flatten(1) - 1 - x) / (self.steps - i)
-        return image.clamp(0, 1)
+        return image
 
 
 class Residual(nn.Sequential):

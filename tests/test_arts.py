@@ -273,7 +273,12 @@ def test_peers_are_run_after_ours_and_what_is_done_is_kept(tmp_path, small_mnist
 
     command, pattern = peers.ours("split-mnist", 20, 3, tmp_path, [f"--data-dir={small_mnist}"])
     options = main.parse(command[2:])
-    assert (options.experiment, options.recipe, options.solver_iterations, options.seed) == ("split-mnist", "vae", 20, 3)
+    assert (options.experiment, options.recipe, options.solver_iterations, options.seed) == (
+        "split-mnist",
+        "vae",
+        20,
+        3,
+    )
     assert re.findall(pattern, "permutated-mnist-none-r1: average precision 0.8125, forgetting") == ["0.8125"]
     stand_in = [sys.executable, "-c", "print('average precision 0.7')"]
     monkeypatch.setattr(peers, "ours", lambda *_: (stand_in, pattern))

@@ -201,8 +201,7 @@ def test_recipes_of_the_docs_are_those_of_the_program():
         expected = default | main.RECIPES[recipe][experiment]
         for flag, value in values.items():
             is_set = expected[flag[2:].replace("-", "_")]
-            given = value == "yes" if isinstance(is_set, bool) else type(is_set)(value)
-            assert given == is_set, (recipe, experiment, flag)
+            assert type(is_set)(value) == is_set, (recipe, experiment, flag)
     assert main.parse(["--train"]).replay_targets == default["replay_targets"]
 
 
