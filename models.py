@@ -674,8 +674,8 @@ class Flow(dgr.Generator):
     def learn(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         """One step down the cross-entropy of the estimates of x (n, channels, 32, 32), of classes y (n,), per pixel.
 
-        Like the squared error of the velocity, it is least where the estimate is the mean of x, and it tells a black
-        pixel from a dark one. Weighed as that error is, by 1 / (1 - t)^2, little but the last details would be learned.
+        Like the squared error of the velocity, it is least where the estimate is the mean of x; unlike that error, it
+        weighs all times t equally, and tells a black pixel from a dark one.
         """
         x = x.clamp(0, 1).repeat(self.draws, 1, 1, 1)  # noise replay's x may lie outside
         t = torch.rand(len(x), 1, dtype=x.dtype, device=x.device)
