@@ -64,8 +64,7 @@ class Split:
 
     def with_classes(self, classes: Tensor) -> "Split":
         """The rows with these labels."""
-        rows = torch.isin(self.labels, classes.to(self.labels.device)).nonzero().flatten()
-        return replace(self, images=self.images[rows], labels=self.labels[rows])
+        return self.take(torch.isin(self.labels, classes.to(self.labels.device)).nonzero().flatten())
 
     def to(self, device: torch.device) -> "Split":
         """The same on another device."""
@@ -84,10 +83,22 @@ class Split:
 
     def subset(self, n: int) -> "Split":
         """At most n rows, evenly spaced over the split, and the same ones every time."""
-        if n >= len(self):
-            return self
-        rows = torch.linspace(0, len(self) - 1, n, device=self.labels.device).round().long()
+        return self if n >= len(self) else self.take(self._evenly_spaced(n))
+
+    def hold_out(self, share: float) -> tuple["Split", "Split"]:
+        """All but this share of the rows, and that share, evenly spaced and the same ones every time."""
+        rows, n = torch.arange(len(self), device=self.labels.device), round(share * len(self))
+        if not 0 < n < len(self):
+            raise ValueError(f"--validation: {share:g} of {len(self)} training images are {n}")
+        held = self._evenly_spaced(n)
+        return self.take(rows[torch.isin(rows, held, invert=True)]), self.take(held)
+
+    def take(self, rows: Tensor) -> "Split":
+        """These rows, as a split."""
         return replace(self, images=self.images[rows], labels=self.labels[rows])
+
+    def _evenly_spaced(self, n: int) -> Tensor:
+        return torch.linspace(0, len(self) - 1, n, device=self.labels.device).round().long()
 
 
 @dataclass(frozen=True)
@@ -331,7 +342,8 @@ class Library:
     """Data sets on one device, read from `data_dir` and, with `download`, downloaded into it if they are missing.
 
     `checksums` collects the md5 of everything used, `unverified` the names of files that are not official, and `notes`
-    what was made of the images of each data set and path.
+    what was made of the images of each data set and path. validation: the share of the training images that take the
+    place of test images, which are then not used at all.
     """
 
     data_dir: Path
@@ -342,6 +354,7 @@ class Library:
     unverified: list[str] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
     download: bool = True
+    validation: float = 0.0
 
     def load(self, name: str) -> tuple[Split, Split]:
         """The training and the test split of a data set, 32x32, with the channels they come with."""
@@ -349,19 +362,23 @@ class Library:
         directory = self._provide(name, data_set)
         with reading(directory, f"{directory} does not hold {data_set.title} files"):
             parts = data_set.read(directory)
-            train, test = (make_split(*part, data_set.classes, self.image_size) for part in parts)
+            splits = self._splits(parts, data_set.classes)
         self.notes[name] = fitting(_sizes(parts), self.image_size)
-        return train.to(self.device), test.to(self.device)
+        return splits
 
     def load_own(self, path: Path) -> tuple[Split, Split]:
         """The splits of a user's own data: a .npz file, or a directory of a kind that docs/running.md describes."""
         with reading(path, f"--tasks: {path} is not a task"):
             parts, sizes, remark, unused = (_read_npz if path.is_file() else _read_directory)(path, self.image_size)
-            train, test = (make_split(*part, 1000, self.image_size) for part in parts)
+            splits = self._splits(parts, 1000)
             self.checksums[str(path)] = fingerprint(str(path))
         unused = f"unused: {', '.join(unused)}" if unused else ""
         self.notes[str(path)] = "; ".join(filter(None, [fitting(sizes, self.image_size), remark, unused]))
-        return train.to(self.device), test.to(self.device)
+        return splits
+
+    def _splits(self, parts: Sequence[Arrays], classes: int) -> tuple[Split, Split]:
+        train, test = (make_split(*part, classes, self.image_size).to(self.device) for part in parts)
+        return train.hold_out(self.validation) if self.validation else (train, test)
 
     def _provide(self, name: str, data_set: DataSet) -> Path:
         """The directory with the files, which are official or accepted by the user; they are downloaded if missing."""
@@ -633,6 +650,9 @@ class ExperimentOptions:
     mnist_permutation_number: int = option(5, "number of tasks of permutated-mnist", low=1)
     mnist_permutation_seed: int = option(0, "random seed of the permutations", low=0)
     mnist_split_number: int = option(5, "number of tasks of split-mnist, split-svhn, ...", low=1, high=10)
+    validation: float = option(
+        0.0, "share of the training images that take the place of test images, to choose settings with", low=0, high=0.5
+    )
     data_dir: Path = option(data_dir, "where data sets are; DGR_DATA_DIR sets the default", None)
     unverified_data: bool = option(False, "accept data files that are not the official ones, with a warning", None)
 

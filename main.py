@@ -53,14 +53,14 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 RECIPES["best"]["mnist-chain"], RECIPES["vae"]["mnist-chain"] = BEST | BEST_CHAIN, VAE | VAE_CHAIN
 
 
-IN_NAMES = {"heads": "task-heads", "generator_conditional": "conditional"}  # of runs with these options
+# What stands in the names of runs with these options.
+IN_NAMES = {"heads": "task-heads", "generator_conditional": "conditional", "validation": "validation"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Actions:
     train: bool = option(False, "train a scholar on tasks", None, exclusive="required", group="action (required)")
     test: bool = option(False, "draw from a trained scholar and measure it (same flags)", None, exclusive="required")
-    samples_only: bool = option(False, "with --test: draw samples, and measure nothing", None)
     on: str | None = option(
         None, "with --test: measure it on these images", None, parse=data.task_source, metavar="TASK"
     )
@@ -193,9 +193,8 @@ def check_combinations(parser: utils.Parser, options: argparse.Namespace, recipe
         parser.error(f"argument --replay-mode: {options.experiment} learns from the last scholar's replay alone")
     if targets == "own" and not options.generator_conditional:
         parser.error("argument --replay-targets: own needs --generator-conditional")
-    for key in ("on", "samples_only"):
-        if getattr(options, key) and not options.test:
-            parser.error(f"argument {flag(key)}: it needs --test")
+    if options.on and not options.test:
+        parser.error("argument --on: it needs --test")
     chain = {f"--experiment={options.experiment}": options.chain}
     conditional = {"--generator-conditional": options.generator_conditional}
     heads = {"--heads=task": options.heads == "task"}
@@ -205,7 +204,6 @@ def check_combinations(parser: utils.Parser, options: argparse.Namespace, recipe
     for one, others in (
         (heads, conditional | chain | on | measuring),
         (penalty, chain),
-        ({"--samples-only": options.samples_only}, on),
         (continued, heads | conditional | penalty | joint | chain | measuring),
     ):
         (name, given), other = *one.items(), next((name for name, given in others.items() if given), None)
@@ -217,12 +215,17 @@ def check_combinations(parser: utils.Parser, options: argparse.Namespace, recipe
         parser.error("argument --temperature: it needs --replay-targets=soft")
 
 
+def library_of(options: Options, device: torch.device, **settings: Any) -> data.Library:
+    settings = {"image_size": options.image_size, "validation": options.validation} | settings
+    return data.Library(options.data_dir, device, options.unverified_data, **settings)
+
+
 def run_training(options: Options) -> None:
     """--train: learn the tasks, unless --resume finds that done; holds the locks of the run's name meanwhile."""
     if nothing_to_resume(options):
         return
     device = models.choose_device(gpus=not options.no_gpus)
-    library = data.Library(options.data_dir, device, options.unverified_data, options.image_size)
+    library = library_of(options, device)
     tasks = data.make_tasks(library, options)
     paths = options.paths
     with utils.locked(paths.results), utils.locked(paths.scholar), utils.locked(paths.sample_log):
@@ -270,6 +273,8 @@ def train_scholar(options: Options, tasks: list[data.Task], library: data.Librar
     shape = {"image_channels": tasks[0].train.images.shape[1], "classes": classes, "tasks": len(tasks)}
     where = models.device_name(device), models.dtype_name(dtype, device)
     print(f"{options.name} runs on {where[0]}, in {where[1]}")
+    if options.validation:
+        print(f"precision is that on {options.validation:g} of the training images, held out; test images are not used")
     config = utils.describe_run(options, [task.name for task in tasks], *where)
     config["data"] = {"checksums": library.checksums, "unverified": library.unverified}
     config["data"] |= {"scholar": data.checksum(options.continue_from)} if kept else {}
@@ -322,6 +327,8 @@ def train_scholar(options: Options, tasks: list[data.Task], library: data.Librar
                 done = ", ".join(f"{phase} {count}" for phase, count in training.done.items())
                 print(f"{options.name} continues at task {training.task}; iterations done: {done}")
             measures = training.run()
+        if options.trains_generator:
+            visual.save_samples(training.sample(training.scholar), paths.drawn)
         about = {key: config[key] for key in ("experiment", "replay_mode", "recipe", "seed")}
         summary = files.write_summary(**about, **measures)
     finally:
@@ -335,7 +342,8 @@ def train_scholar(options: Options, tasks: list[data.Task], library: data.Librar
     for path in (paths.state, utils.previous(paths.state)):
         path.unlink(missing_ok=True)
     utils.print_summary(f"{options.name}, seed {options.seed}", config["tasks"], summary)
-    print(f"files: {paths.results}, scholar: {paths.scholar}")
+    samples = f", samples: {paths.drawn}" if options.trains_generator else ""
+    print(f"files: {paths.results}, scholar: {paths.scholar}{samples}")
 
 
 def make_observers(options: Options, tasks: int) -> list[utils.Observer]:
@@ -364,7 +372,7 @@ def run_test(options: Options) -> None:
     checkpoint, scholar = models.load_scholar(path, options, dtype)
     scholar.to(device)
     if options.on:
-        library = data.Library(options.data_dir, device, options.unverified_data, image_size=options.image_size)
+        library = library_of(options, device, validation=0.0)
         (task,) = data.same_channels(data.own_tasks(library, [options.on]), checkpoint["image_channels"])
         test, file = task.test, options.paths.answers(Path(options.on).stem)
         answers = train.answers(scholar.solver, test, models.images_at_once(device))
@@ -377,12 +385,10 @@ def run_test(options: Options) -> None:
     images = models.sample_grid(scholar.generator, options.sample_size, options.seed)
     visual.save_samples(images, options.paths.drawn)
     print(f"samples: {options.paths.drawn}")
-    if options.samples_only:
-        return
     try:
         if options.heads == "task":
             raise UserError("with --heads=task, a replayed image has a label for each task")
-        library = data.Library(options.data_dir, device, options.unverified_data, options.image_size, download=False)
+        library = library_of(options, device, download=False)
         tasks = data.same_channels(data.make_tasks(library, options), checkpoint["image_channels"])
         learned = train.learned_tasks(checkpoint, tasks)
         classifier = models.load_classifier([task.train for task in tasks], options.data_dir)

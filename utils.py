@@ -435,8 +435,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 class RunPaths:
     """Where a run of this name has its files.
 
-    results and sample_log are directories; `drawn` is the picture that --test draws, `state` everything that an
-    unfinished run needs to continue, `figure` the last file that a run writes.
+    results and sample_log are directories; `drawn` is a picture of what the generator draws in the end, `state`
+    everything that an unfinished run needs to continue, `figure` the last file that a run writes.
     """
 
     def __init__(self, name: str, options: FileOptions):

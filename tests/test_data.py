@@ -124,6 +124,23 @@ def test_subset_is_evenly_spaced_repeatable_and_draws_nothing_at_random():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_validation_takes_the_place_of_the_test_images(small_mnist, tmp_path):
+    """It is held out of the training images, evenly spaced, and tasks still share their images."""
+    whole, _ = accepting(small_mnist).load("mnist")
+    library = data.Library(small_mnist, CPU, accept_unverified=True, validation=0.25)
+    first, second, _ = data.permutated_mnist(library, OPTIONS)
+    assert (len(first.train), len(first.test)) == (150, 50)
+    rows = [split.images.flatten(1).tolist() for split in (whole, first.train, first.test)]
+    assert sorted(rows[0]) == sorted(rows[1] + rows[2])
+    places = torch.tensor([rows[0].index(row) for row in rows[2]])
+    assert set(places.diff().tolist()) == {4, 5}
+    assert second.train.images is first.train.images and second.test.images is first.test.images
+    task = tmp_path / "few.npz"
+    np.savez(task, x_train=np.zeros((4, 8, 8)), y_train=[0] * 4, x_test=np.zeros((4, 8, 8)), y_test=[0] * 4)
+    with pytest.raises(UserError, match=r"few.npz is not a task.*--validation: 0.1 of 4 training images are 0"):
+        data.Library(tmp_path, CPU, validation=0.1).load_own(task)
+
+
 # -------------------------------------------------------------------------------------------------- experiments
 
 

@@ -58,7 +58,7 @@ def wait_for(process, *paths):
 
 def test_one_experiment_and_again(tmp_path, small_mnist):
     """Three runs, their table, figure and samples; the second time nothing is left to do."""
-    process = experiments(tmp_path, small_mnist, "permutated-mnist")
+    process = experiments(tmp_path, small_mnist, "permutated-mnist", start=call)
     assert process.returncode == 0, process.stderr
     results = tmp_path / "results"
     assert sorted(path.name for path in results.iterdir() if path.is_dir()) == sorted(NAMES)
@@ -77,7 +77,7 @@ def test_one_experiment_and_again(tmp_path, small_mnist):
 
 def test_seeds_side_by_side_equal_runs_alone(tmp_path, small_mnist):
     """Two at a time, each seed in directories of its own, with a log; the same outcome as main.py by itself."""
-    process = experiments(tmp_path, small_mnist, "noise-replay", "--seeds=3,5", "--jobs=2")
+    process = experiments(tmp_path, small_mnist, "noise-replay", "--seeds=3,5", "--jobs=2", start=call)
     assert process.returncode == 0, process.stderr
     for seed in (3, 5):
         assert summary_of(tmp_path / f"results/seed-{seed}", NOISE)["seed"] == seed
@@ -187,7 +187,7 @@ def test_one_bar_says_how_long_is_left_of_runs_side_by_side(full, tmp_path, monk
 
 def test_a_failed_run_stops_no_other(tmp_path, small_mnist):
     with utils.locked(tmp_path / "results/permutated-mnist-joint-rauto"):  # as another run of this name does
-        process = experiments(tmp_path, small_mnist, "joint", "noise-replay", "--jobs=2")
+        process = experiments(tmp_path, small_mnist, "joint", "noise-replay", "--jobs=2", start=call)
     assert process.returncode == 1 and "Traceback" not in process.stderr + process.stdout
     assert process.stdout.count("failed: exit status 1: main.py: error: ") == 1
     assert "[2/2]" in process.stdout and (tmp_path / "results/noise-replay.png").exists()
@@ -218,8 +218,7 @@ def test_a_run_with_other_flags_or_a_broken_summary_is_renamed_and_made_again(
         (job.paths.results / "summary.json").write_text(summary)
     full.show("noise-replay", [job], copy_of_finished)
     assert "| noise-replay |" not in capsys.readouterr().out
-    (command,) = job.commands()
-    main.main(command)
+    main.main(job.command())
     assert "of an earlier run is kept as" in capsys.readouterr().out
     full.show("noise-replay", [job], copy_of_finished)
     assert "| noise-replay |" in capsys.readouterr().out
@@ -236,10 +235,10 @@ def test_an_unfinished_run_with_other_flags_is_renamed_without_its_results_too(
         patch.setattr(utils, "stop_requests", lambda: contextlib.nullcontext(lambda: True))
         main.main(["--train", *flags])
     shutil.rmtree(tmp_path / "results")
-    assert "--resume" in full.Job(*flags).commands()[0]
+    assert "--resume" in full.Job(*flags).command()
     job = full.Job(*flags, "--lr=5e-3")
-    assert job.replaces_another() and "--resume" not in job.commands()[0]
-    main.main(job.commands()[0])
+    assert job.replaces_another() and "--resume" not in job.command()
+    main.main(job.command())
     assert job.paths.finished and list(tmp_path.glob("checkpoints/*.unfinished~1"))
 
 
@@ -275,17 +274,13 @@ def test_dry_run_is_the_list_of_commands(tmp_path):
     assert process.returncode == 0 and len(lines) == 45 and not list(tmp_path.iterdir())
     names = set()
     for line in lines:
-        here, *commands = line.split(" && ")
+        here, command = line.split(" && ")
+        python, script, *arguments = shlex.split(command)
+        options = main.parse(arguments)
         assert shlex.split(here) == ["cd", str(tmp_path)]
-        for command in commands:
-            python, script, *arguments = shlex.split(command)
-            options = main.parse(arguments)
-            assert (
-                [python, script] == [sys.executable, str(ROOT / "main.py")]
-                and options.lr == 1e-3
-                and options.cuda_graphs
-            )
-            assert options.result_dir.name == f"seed-{options.seed}" and (options.test or options.resume)
+        assert [python, script] == [sys.executable, str(ROOT / "main.py")]
+        assert options.lr == 1e-3 and options.cuda_graphs and options.resume
+        assert options.result_dir.name == f"seed-{options.seed}"
         names.add((options.name, options.seed))
     assert len(names) == 45
 

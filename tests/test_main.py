@@ -87,7 +87,7 @@ def test_a_run_prints_the_outcome_and_a_line_for_each_phase(trained):
     summary = read_json(cwd / "results" / NAME / "summary.json")
     assert f"average precision {summary['average_precision']:.4f}" in process.stdout
     assert f"forgetting {summary['forgetting']:.4f}" in process.stdout
-    assert process.stdout.strip().endswith(f"files: results/{NAME}, scholar: checkpoints/{NAME}")
+    assert process.stdout.strip().endswith(f"scholar: checkpoints/{NAME}, samples: samples/{NAME}-sample.jpg")
     lines = [line for line in process.stderr.splitlines() if not line.startswith("warning: ")]
     expected = [f"task {task}/2 {phase}" for task in (1, 2) for phase in ("generator", "solver")]
     assert [line.split(":")[0] for line in lines] == expected and "\r" not in process.stderr
@@ -288,7 +288,8 @@ def test_second_run_keeps_the_first(copy_of_trained, small_mnist):
     assert f"results/{NAME} of an earlier run is kept as results/{NAME}~1" in process.stdout
     kept = (cwd / "results" / f"{NAME}~1" / "metrics.csv", cwd / "checkpoints" / f"{NAME}~1")
     assert tuple(path.read_bytes() for path in kept) == before
-    assert [path.name for path in (cwd / "samples").glob("[!.]*")] == [f"{NAME}-sample.jpg~1"]
+    drawn = sorted(path.name for path in (cwd / "samples").glob("[!.]*"))
+    assert drawn == [f"{NAME}-sample.jpg", f"{NAME}-sample.jpg~1"]
     assert (cwd / "results" / NAME / "metrics.csv").read_bytes() != before[0]
     assert train(cwd, small_mnist).returncode == 0
     assert (cwd / "results" / f"{NAME}~2").is_dir()
@@ -469,8 +470,10 @@ def test_options_without_effect_are_named(tmp_path, small_mnist):
 # -------------------------------------------------------------------------------------------------------- test
 
 
-def test_samples_are_drawn_six_a_row(copy_of_trained):
+def test_samples_are_drawn_six_a_row_and_as_in_the_end_of_training(copy_of_trained):
+    at_the_end = (copy_of_trained / "samples" / f"{NAME}-sample.jpg").read_bytes()
     process = draw(copy_of_trained, start=run)
+    assert (copy_of_trained / "samples" / f"{NAME}-sample.jpg").read_bytes() == at_the_end
     assert process.returncode == 0 and process.stdout.splitlines()[0] == f"samples: samples/{NAME}-sample.jpg"
     with Image.open(copy_of_trained / "samples" / f"{NAME}-sample.jpg") as picture:
         assert picture.size == (6 * 34 + 2, 2 * 34 + 2)
