@@ -232,6 +232,44 @@ def overview(experiments: dict[str, dict[str, list[Setting]]]) -> str:
     return visual.markdown([dict(zip(["experiment", "recipe", *MODES], row, strict=True)) for row in rows])
 
 
+def beside_exact(experiments: dict[str, dict[str, list[Setting]]]) -> str:
+    """Generative beside exact replay, and how many points it is behind, seed by seed, wherever both were run."""
+    rows = []
+    for experiment, groups in experiments.items():
+        paper = {key: float(value) for key, value in PUBLISHED.get(experiment, {}).get("paper", {}).items()}
+        for name, settings in groups.items():
+            by_mode = {setting.first.replay_mode: setting for setting in settings}
+            if not {"exact-replay", "generative-replay"} <= by_mode.keys():
+                continue
+            exact, ours = (
+                {r.seed: r for r in by_mode[mode].finished} for mode in ("exact-replay", "generative-replay")
+            )
+            precisions = [run.summary["average_precision"] for run in ours.values()]
+            behind = [
+                100 * (exact[seed].summary["average_precision"] - run.summary["average_precision"])
+                for seed, run in ours.items()
+                if seed in exact
+            ]
+            seconds = [run.summary["seconds"] / 60 for run in ours.values()]
+            cells = visual.cells(by_mode["generative-replay"])
+            rows.append(
+                {
+                    "experiment": cells["experiment"],
+                    "recipe": name.replace("-", ", ", 1),
+                    "exact replay": visual.cells(by_mode["exact-replay"])["average precision"],
+                    "generative replay": cells["average precision"],
+                    "from, to": f"{min(precisions):.3f}, {max(precisions):.3f}",
+                    "points behind": visual.mean_sd(behind, 1),
+                    "in the paper": f"{100 * (paper['exact-replay'] - paper['generative-replay']):.1f}"
+                    if paper
+                    else "",
+                    "seeds": cells["seeds"],
+                    "minutes": visual.mean_sd(seconds, 0),
+                }
+            )
+    return visual.markdown(rows)
+
+
 def write_picture(figure: Any, name: str, title: str) -> list[str]:
     path = ARTS / f"{name}.png"
     visual.write_figure(figure, path)
@@ -381,6 +419,7 @@ def draw_all(runs: list[Run]) -> None:
     of_variations.sort(key=lambda setting: order.index(setting.first.config["variation"]))
     filled = {
         "overview": overview(shown),
+        "beside exact": beside_exact(shown),
         "experiments": "\n".join(sections).rstrip(),
         "other settings": "\n".join(others).rstrip(),
         "ablations": ablations(of_variations) if of_variations else "",
