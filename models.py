@@ -94,6 +94,7 @@ class ScholarOptions:
         "networks",
         low=1,
     )
+    solver_noise: float = option(0.0, "standard deviation of noise on its inputs while it learns", low=0, high=10)
     heads: str = option(
         "one",
         "output layers: one for all classes, or one per task, which then has to be known",
@@ -735,7 +736,11 @@ Loss = Callable[[dgr.Pairs, dgr.Pairs | None], Tensor]  # of current and replaye
 
 
 class Classifier(dgr.Solver):
-    """A network that learns its answers with Adam. The last layer of a net is linear; it becomes one per head."""
+    """A network that learns its answers with Adam. The last layer of a net is linear; it becomes one per head.
+
+    With --solver-noise it learns from inputs with Gaussian noise on them, real and replayed ones alike: that hides the
+    fine differences between the two, by which it would tell new tasks from old ones.
+    """
 
     captured = ("learn",)
 
@@ -743,6 +748,7 @@ class Classifier(dgr.Solver):
         if options.number_of_heads:
             net[-1] = Heads(net[-1], options.number_of_heads)
         super().__init__(net)
+        self.noise = options.solver_noise
         self.optimiser = options.optimiser(self.net)
 
     def begin_task(self, task: int, *, replays: bool) -> None:
@@ -755,9 +761,12 @@ class Classifier(dgr.Solver):
 
     def learn(self, loss: Loss, x: Tensor, y: Tensor, *replayed: Tensor) -> dict[str, Tensor]:
         """One step down the gradient of loss((x, y), replayed); replayed is (x', y') or nothing (see `dgr.Pairs`)."""
-        value = loss((x, y), replayed or None)
+        value = loss((self.noisy(x), y), (self.noisy(replayed[0]), replayed[1]) if replayed else None)
         step(self.optimiser, value)
         return {"loss": value.detach()}
+
+    def noisy(self, x: Tensor) -> Tensor:
+        return x + self.noise * torch.randn_like(x) if self.noise else x
 
 
 class CNN(Classifier):
