@@ -83,22 +83,25 @@ class Split:
 
     def subset(self, n: int) -> "Split":
         """At most n rows, evenly spaced over the split, and the same ones every time."""
-        return self if n >= len(self) else self.take(self._evenly_spaced(n))
+        if n >= len(self):
+            return self
+        return self.take(torch.linspace(0, len(self) - 1, n, device=self.labels.device).round().long())
 
     def hold_out(self, share: float) -> tuple["Split", "Split"]:
-        """All but this share of the rows, and that share, evenly spaced and the same ones every time."""
-        rows, n = torch.arange(len(self), device=self.labels.device), round(share * len(self))
-        if not 0 < n < len(self):
-            raise ValueError(f"--validation: {share:g} of {len(self)} training images are {n}")
-        held = self._evenly_spaced(n)
-        return self.take(rows[torch.isin(rows, held, invert=True)]), self.take(held)
+        """All but this share of the rows, and that share of each class, the same ones every time on every machine."""
+        n, by_class = round(share * len(self)), self.labels.argsort(stable=True)
+        rows = torch.arange(n, device=by_class.device)
+        held = torch.zeros_like(self.labels, dtype=torch.bool)
+        held[by_class[(2 * rows + 1) * len(self) // max(1, 2 * n)]] = True  # evenly spaced; whole numbers do not round
+        splits = self.take(~held), self.take(held)
+        if any(len(split.labels.unique()) < len(self.labels.unique()) for split in splits):
+            smallest = int(self.labels.unique(return_counts=True)[1].min())
+            raise UserError(f"--validation: {share:g} is too little, as a class has only {smallest} training images")
+        return splits
 
     def take(self, rows: Tensor) -> "Split":
         """These rows, as a split."""
         return replace(self, images=self.images[rows], labels=self.labels[rows])
-
-    def _evenly_spaced(self, n: int) -> Tensor:
-        return torch.linspace(0, len(self) - 1, n, device=self.labels.device).round().long()
 
 
 @dataclass(frozen=True)
@@ -342,8 +345,8 @@ class Library:
     """Data sets on one device, read from `data_dir` and, with `download`, downloaded into it if they are missing.
 
     `checksums` collects the md5 of everything used, `unverified` the names of files that are not official, and `notes`
-    what was made of the images of each data set and path. validation: the share of the training images that take the
-    place of test images, which are then not used at all.
+    what was made of the images of each data set and path. validation: the share of the training images, held out, that
+    take the place of test images.
     """
 
     data_dir: Path
@@ -593,7 +596,7 @@ def fitting(sizes: set[tuple[int, int]], size: int) -> str:
     return f"{text} {' or '.join(ways)} to {size}x{size}" if ways else text
 
 
-def describe(task: Task, note: str) -> str:
+def describe(task: Task, note: str, measured: str = "test") -> str:
     """What a task has become, for the user to check, in one line; classes with their training and test images."""
     train, test = task.train, task.test
     counts = [split.labels.bincount(minlength=number_of_classes([task])).tolist() for split in (train, test)]
@@ -603,7 +606,7 @@ def describe(task: Task, note: str) -> str:
     if len(classes) > 20:
         n = [each[0] for each in classes.values()]
         text = f"{len(classes)} from {min(classes)} to {max(classes)}, of {min(n)} to {max(n)} training images"
-    return f"{task.name}: {len(train)} training and {len(test)} test images, {colour}; {note}; classes {text}"
+    return f"{task.name}: {len(train)} training and {len(test)} {measured} images, {colour}; {note}; classes {text}"
 
 
 def task_source(text: str) -> str:
@@ -745,7 +748,7 @@ def own_tasks(library: Library, names: Sequence[str]) -> list[Task]:
     tasks = same_channels([by_name[name] for name in names])
     for number, (name, task) in enumerate(zip(names, tasks, strict=True), start=1):
         note = library.notes[name if name in DATA_SETS else str(Path(name))]
-        print(f"task {number}, {describe(task, note)}")
+        print(f"task {number}, {describe(task, note, 'held-out' if library.validation else 'test')}")
     return tasks
 
 

@@ -13,6 +13,7 @@ import itertools
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import data
 import dgr
@@ -224,8 +226,7 @@ def run_training(options: Options) -> None:
     """--train: learn the tasks, unless --resume finds that done; holds the locks of the run's name meanwhile."""
     if nothing_to_resume(options):
         return
-    device = models.choose_device(gpus=not options.no_gpus)
-    library = library_of(options, device)
+    library = library_of(options, models.choose(options)[0])
     tasks = data.make_tasks(library, options)
     paths = options.paths
     with utils.locked(paths.results), utils.locked(paths.scholar), utils.locked(paths.sample_log):
@@ -243,10 +244,26 @@ def nothing_to_resume(options: Options) -> bool:
     run = Run.read(paths.results)
     for scholar in [paths.scholar, *([paths.scholar_after(len(run.tasks))] if options.keep_scholars else [])]:
         paths.need(scholar)
-    if not paths.figure.exists():
-        visual.save_figure([run], paths.figure)
+    if not paths.figure.exists() or (options.trains_generator and not paths.drawn.exists()):
+        draw_pictures(options, lambda: models.load_scholar(paths.scholar, options)[1])
     print(f"{paths.results} is finished: nothing to resume")
     return True
+
+
+def sample(options: Options, scholar: dgr.Scholar) -> Tensor:
+    return models.sample_grid(scholar.generator, options.sample_size, options.seed)
+
+
+def draw_pictures(options: Options, scholar: Callable[[], dgr.Scholar]) -> None:
+    """What the generator draws in the end, and the figure, of a run whose results and scholar are whole."""
+    paths = options.paths
+    try:
+        if options.trains_generator:
+            visual.save_samples(sample(options, scholar()), paths.drawn)
+        visual.save_figure([Run.read(paths.results)], paths.figure)
+    except OSError as error:
+        what = "results and scholar are whole; make room, and --resume draws it"
+        raise UserError(f"{error.filename or paths.figure}: {utils.reason(error)}: {what}") from error
 
 
 def changes_since(options: Options) -> str:
@@ -259,22 +276,21 @@ def changes_since(options: Options) -> str:
 
 
 def train_scholar(options: Options, tasks: list[data.Task], library: data.Library) -> None:
-    paths, device = options.paths, library.device
-    dtype = models.choose_dtype(options.dtype, device, cuda_graphs=options.cuda_graphs)
+    paths, (device, dtype) = options.paths, models.choose(options)
     for key, cause in options.unused.items():
         if getattr(options, key) != options.defaults[key]:
             utils.warn(f"{flag(key)} has no effect with {cause}")
     kept, before, classes = {}, None, data.number_of_classes(tasks)
     if options.continue_from:
-        kept, scholar = models.load_scholar(options.continue_from, options, dtype)
+        kept, scholar = models.load_scholar(options.continue_from, options)
+        if (held_out := kept["options"].get("validation", 0.0)) != options.validation:
+            raise UserError(f"--continue-from: its scholar was trained with --validation={held_out:g}: do so here too")
         tasks, classes = data.same_channels(tasks, kept["image_channels"]), max(classes, kept["classes"])
         scholar.solver.net = models.AmongMore(scholar.solver.net, classes)
-        before = train.continue_from(scholar.to(device), kept, tasks, options)
+        before = train.continue_from(scholar, kept, tasks, options)
     shape = {"image_channels": tasks[0].train.images.shape[1], "classes": classes, "tasks": len(tasks)}
     where = models.device_name(device), models.dtype_name(dtype, device)
     print(f"{options.name} runs on {where[0]}, in {where[1]}")
-    if options.validation:
-        print(f"precision is that on {options.validation:g} of the training images, held out; test images are not used")
     config = utils.describe_run(options, [task.name for task in tasks], *where)
     config["data"] = {"checksums": library.checksums, "unverified": library.unverified}
     config["data"] |= {"scholar": data.checksum(options.continue_from)} if kept else {}
@@ -313,7 +329,7 @@ def train_scholar(options: Options, tasks: list[data.Task], library: data.Librar
                 options,
                 images_at_once=models.images_at_once(device),
                 observers=observers,
-                sample=lambda scholar: models.sample_grid(scholar.generator, options.sample_size, options.seed),
+                sample=partial(sample, options),
                 save_scholar=save_scholar,
                 save_state=save_state,
                 classifier=classifier,
@@ -327,21 +343,16 @@ def train_scholar(options: Options, tasks: list[data.Task], library: data.Librar
                 done = ", ".join(f"{phase} {count}" for phase, count in training.done.items())
                 print(f"{options.name} continues at task {training.task}; iterations done: {done}")
             measures = training.run()
-        if options.trains_generator:
-            visual.save_samples(training.sample(training.scholar), paths.drawn)
         about = {key: config[key] for key in ("experiment", "replay_mode", "recipe", "seed")}
         summary = files.write_summary(**about, **measures)
     finally:
         for observer in observers:
             observer.close()
-    try:
-        visual.save_figure([Run.read(paths.results)], paths.figure)
-    except OSError as error:
-        what = "results and scholar are whole; make room, and --resume draws it"
-        raise UserError(f"{paths.figure}: {utils.reason(error)}: {what}") from error
+    draw_pictures(options, lambda: training.scholar)
     for path in (paths.state, utils.previous(paths.state)):
         path.unlink(missing_ok=True)
-    utils.print_summary(f"{options.name}, seed {options.seed}", config["tasks"], summary)
+    images = "held-out training images" if options.validation else "whole test set"
+    utils.print_summary(f"{options.name}, seed {options.seed}", config["tasks"], summary, images)
     samples = f", samples: {paths.drawn}" if options.trains_generator else ""
     print(f"files: {paths.results}, scholar: {paths.scholar}{samples}")
 
@@ -367,10 +378,8 @@ def run_test(options: Options) -> None:
     """--test: draw samples and measure the generator; with --on, measure the solver on other images instead."""
     path = options.paths.scholar
     options.paths.need(path)
-    device = models.choose_device(gpus=not options.no_gpus)
-    dtype = models.choose_dtype(options.dtype, device, cuda_graphs=options.cuda_graphs)
-    checkpoint, scholar = models.load_scholar(path, options, dtype)
-    scholar.to(device)
+    device, dtype = models.choose(options)
+    checkpoint, scholar = models.load_scholar(path, options)
     if options.on:
         library = library_of(options, device, validation=0.0)
         (task,) = data.same_channels(data.own_tasks(library, [options.on]), checkpoint["image_channels"])
@@ -382,8 +391,7 @@ def run_test(options: Options) -> None:
         return
     if not checkpoint["generator_trained"]:
         raise UserError(f"{path}: the generator was never trained: {options.replay_mode} needs --sample-log for that")
-    images = models.sample_grid(scholar.generator, options.sample_size, options.seed)
-    visual.save_samples(images, options.paths.drawn)
+    visual.save_samples(sample(options, scholar), options.paths.drawn)
     print(f"samples: {options.paths.drawn}")
     try:
         if options.heads == "task":

@@ -738,8 +738,8 @@ Loss = Callable[[dgr.Pairs, dgr.Pairs | None], Tensor]  # of current and replaye
 class Classifier(dgr.Solver):
     """A network that learns its answers with Adam. The last layer of a net is linear; it becomes one per head.
 
-    With --solver-noise it learns from inputs with Gaussian noise on them, real and replayed ones alike: that hides the
-    fine differences between the two, by which it would tell new tasks from old ones.
+    With --solver-noise it learns from inputs with Gaussian noise on them, real and replayed ones alike, which is meant
+    to hide fine differences between the two, by which it could tell new tasks from old ones.
     """
 
     captured = ("learn",)
@@ -856,20 +856,19 @@ def check_networks(parser: argparse.ArgumentParser, options: argparse.Namespace)
         parser.error("argument --batch-size: use at least 2: batch normalisation can't normalise a single value")
 
 
-def load_scholar(
-    path: Path, options: ScholarOptions, compute_dtype: torch.dtype | None
-) -> tuple[dict[str, Any], dgr.Scholar]:
-    """A checkpoint and its scholar, on the CPU. Raises UserError if the scholar does not fit the options."""
+def load_scholar(path: Path, options: ScholarOptions) -> tuple[dict[str, Any], dgr.Scholar]:
+    """A checkpoint and its scholar, on the device. Raises UserError if the scholar does not fit the options."""
     checkpoint = utils.load_checkpoint(path)
     networks = [key for key in NETWORKS if key not in unused(options)]
     trained = utils.plain(ScholarOptions()) | checkpoint["options"]
     if changes := utils.differences(trained, vars(options), networks):
         raise UserError(f"{path} was trained with {changes}: use the flags it was trained with")
     shape = {key: checkpoint[key] for key in ("image_channels", "classes", "tasks")}
-    scholar = make_scholar(**shape, options=options, compute_dtype=compute_dtype)
+    device, dtype = choose(options)
+    scholar = make_scholar(**shape, options=options, compute_dtype=dtype)
     with utils.reading(path, f"{path} does not fit the flags"):
         scholar.load_state_dict(checkpoint["scholar"])
-    return checkpoint, scholar
+    return checkpoint, scholar.to(device)
 
 
 def inherit(scholar: dgr.Scholar, state: dict[str, Any]) -> None:
@@ -984,6 +983,12 @@ def choose_dtype(dtype: str, device: torch.device, *, cuda_graphs: bool = False)
     elif dtype == "tf32":
         raise UserError("--dtype=tf32 needs a GPU with CUDA, which this run has not: use float32, bfloat16 or auto")
     return torch.bfloat16 if dtype == "bfloat16" else None
+
+
+def choose(options: ScholarOptions) -> tuple[torch.device, torch.dtype | None]:
+    """The device that the options ask for, and what networks compute in there."""
+    device = choose_device(gpus=not options.no_gpus)
+    return device, choose_dtype(options.dtype, device, cuda_graphs=options.cuda_graphs)
 
 
 def dtype_name(dtype: torch.dtype | None, device: torch.device) -> str:

@@ -595,8 +595,8 @@ def describe_run(options: Any, tasks: Sequence[str], device: str, dtype: str) ->
     }
 
 
-def print_summary(title: str, tasks: Sequence[str], summary: dict[str, Any]) -> None:
-    print(f"\n{title}: precision on each task's whole test set after the last task")
+def print_summary(title: str, tasks: Sequence[str], summary: dict[str, Any], images: str) -> None:
+    print(f"\n{title}: precision on each task's {images} after the last task")
     for number, name in enumerate(tasks):
         # The last measurement: a chain measures each scholar once.
         value = next(row[number] for row in reversed(summary["precision"]) if row[number] is not None)
@@ -743,8 +743,15 @@ class Run:
 
     @property
     def data_note(self) -> str:
-        """A note for figures and tables if the data were not the official files."""
-        return ", ".join(f"{title} in place of {name.upper()}" for name, title in self.unofficial.items())
+        """A note for figures and tables: data that are not the official files, precision that is not on test images."""
+        places = [(title, name.upper()) for name, title in self.unofficial.items()]
+        places += [("held-out training images", "test images")] if self.held_out else []
+        return ", ".join(f"{one} in place of {other}" for one, other in places)
+
+    @property
+    def held_out(self) -> bool:
+        """Whether held-out training images took the place of test images (--validation)."""
+        return any(flag.startswith("--validation=") for flag in self.flags)
 
     @property
     def task_titles(self) -> list[str]:

@@ -182,8 +182,9 @@ def together(settings: Sequence[Setting]) -> dict[str, list[Setting]]:
     """The settings of an experiment that figures show together, by recipe, and by networks if those are not its own.
 
     Of each replay mode, the one with the most seeds, and of these the one closest to the recipe. One mode alone is
-    shown only if it is the recipe as it is.
+    shown only if it is the recipe as it is. Those measured on held-out training images are not shown.
     """
+    settings = [setting for setting in settings if not setting.first.held_out]
     groups: dict[tuple[int, str], dict[str, Setting]] = {}
     plain = {"--sample-log"}  # which changes nothing that a solver learns
     for setting in sorted(settings, key=lambda setting: (len(setting.finished), -len({*setting.first.flags} - plain))):
@@ -233,40 +234,27 @@ def overview(experiments: dict[str, dict[str, list[Setting]]]) -> str:
 
 
 def beside_exact(experiments: dict[str, dict[str, list[Setting]]]) -> str:
-    """Generative beside exact replay, and how many points it is behind, seed by seed, wherever both were run."""
+    """Generative beside exact replay where both were run, and how many points it is behind in runs of the same seed."""
     rows = []
     for experiment, groups in experiments.items():
-        paper = {key: float(value) for key, value in PUBLISHED.get(experiment, {}).get("paper", {}).items()}
         for name, settings in groups.items():
             by_mode = {setting.first.replay_mode: setting for setting in settings}
-            if not {"exact-replay", "generative-replay"} <= by_mode.keys():
+            exact, ours = by_mode.get("exact-replay"), by_mode.get("generative-replay")
+            if not exact or not ours or main.data.EXPERIMENTS[experiment].chain:
                 continue
-            exact, ours = (
-                {r.seed: r for r in by_mode[mode].finished} for mode in ("exact-replay", "generative-replay")
-            )
-            precisions = [run.summary["average_precision"] for run in ours.values()]
-            behind = [
-                100 * (exact[seed].summary["average_precision"] - run.summary["average_precision"])
-                for seed, run in ours.items()
-                if seed in exact
-            ]
-            seconds = [run.summary["seconds"] / 60 for run in ours.values()]
-            cells = visual.cells(by_mode["generative-replay"])
-            rows.append(
-                {
-                    "experiment": cells["experiment"],
-                    "recipe": name.replace("-", ", ", 1),
-                    "exact replay": visual.cells(by_mode["exact-replay"])["average precision"],
-                    "generative replay": cells["average precision"],
-                    "from, to": f"{min(precisions):.3f}, {max(precisions):.3f}",
-                    "points behind": visual.mean_sd(behind, 1),
-                    "in the paper": f"{100 * (paper['exact-replay'] - paper['generative-replay']):.1f}"
-                    if paper
-                    else "",
-                    "seeds": cells["seeds"],
-                    "minutes": visual.mean_sd(seconds, 0),
-                }
-            )
+            stored = {run.seed: value for run, value in zip(exact.finished, averages(exact), strict=True)}
+            pairs = zip(ours.finished, averages(ours), strict=True)
+            behind = [100 * (stored[run.seed] - value) for run, value in pairs if run.seed in stored]
+            cells = {"experiment": visual.cells(ours)["experiment"], "tasks": str(len(ours.first.tasks))}
+            cells["recipe"] = name.replace("-", ", ", 1)
+            for mode, setting in (("exact replay", exact), ("generative replay", ours)):
+                cells[mode], cells[f"seeds of {mode.split()[0]}"] = (
+                    visual.cells(setting)[key] for key in ("average precision", "seeds")
+                )
+            cells["worst, best seed"] = f"{min(averages(ours)):.3f}, {max(averages(ours)):.3f}"
+            cells["points behind, same seed"] = visual.mean_sd(behind, 1)
+            cells["minutes"] = visual.mean_sd([run.summary["seconds"] / 60 for run in ours.finished], 0)
+            rows.append(cells)
     return visual.markdown(rows)
 
 

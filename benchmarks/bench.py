@@ -299,8 +299,7 @@ def program_of(
 def measure(
     options: main.Options, repetitions: int, against: Callable[[str, int], float] | None = None
 ) -> list[dict[str, Any]]:
-    device = models.choose_device(gpus=not options.no_gpus)
-    dtype = models.choose_dtype(options.dtype, device, cuda_graphs=options.cuda_graphs)
+    device, dtype = models.choose(options)
     clock = Clock(device)
     torch.manual_seed(options.seed)
     random = np.random.default_rng(options.seed)

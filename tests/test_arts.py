@@ -67,6 +67,38 @@ def test_a_penalty_does_not_stand_for_the_replay_mode_without_one(figures, kept)
     assert (none.first.replay_mode, none.first.flags) == ("none", ["--sample-log"])
 
 
+def test_runs_measured_on_held_out_images_stand_for_no_others(figures, kept):
+    for seed in range(5):
+        (like,) = [run for run in kept if run.name == "split-mnist-generative-replay-best-seed0"]
+        row = figures.to_row(like) | {"run": f"held-out-{seed}", "seed": str(seed), "flags": "--validation=0.1"}
+        kept.append(figures.to_run(row | {"average_precision": "0.5"}, like.rows, Path()))
+    settings = utils.group_runs([run for run in kept if not run.config["variation"]])["split-mnist"]
+    assert any(setting.first.held_out for setting in settings)
+    shown = figures.together(settings)
+    assert not any(setting.first.held_out for group in shown.values() for setting in group)
+
+
+def test_generative_replay_is_compared_with_exact_replay_seed_by_seed(figures, kept):
+    """By hand: the runs have other seeds, and one seed in common. A chain is not compared."""
+    (like,) = [run for run in kept if run.name == "split-mnist-generative-replay-best-seed0"]
+
+    def setting(mode, experiment="split-mnist", **precisions):
+        rows = [
+            figures.to_row(like)
+            | {"run": f"{mode}-{seed}", "replay_mode": mode, "seed": seed[1:], "average_precision": str(value)}
+            | {"experiment": experiment}
+            for seed, value in precisions.items()
+        ]
+        return utils.Setting([figures.to_run(row | {"seconds": "90"}, like.rows, Path()) for row in rows])
+
+    exact, ours = setting("exact-replay", s0=0.99, s1=0.97), setting("generative-replay", s1=0.95, s2=0.9, s3=0.91)
+    chain = [setting(mode, "mnist-chain", s0=0.9) for mode in ("exact-replay", "generative-replay")]
+    table = figures.beside_exact({"split-mnist": {"best-narrow": [exact, ours]}, "mnist-chain": {"best": chain}})
+    _, _, row = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    cells = ["split-mnist", "5", "best, narrow", "0.980 ± 0.014", "0, 1", "0.920 ± 0.026", "1, 2, 3"]
+    assert row == [*cells, "0.900, 0.950", "2.0", "2 ± 0"]
+
+
 def test_make_figures_reproduces_results_and_every_picture_it_shows(figures):
     shown = set(re.findall(r"\]\(([\w.-]+\.(?:png|gif))\)", (ARTS / "RESULTS.md").read_text()))
     assert len(shown) > 20 and shown == {path.name for path in [*ARTS.glob("*-*.png"), *ARTS.glob("*.gif")]}

@@ -125,20 +125,33 @@ def test_subset_is_evenly_spaced_repeatable_and_draws_nothing_at_random():
 
 
 def test_validation_takes_the_place_of_the_test_images(small_mnist, tmp_path):
-    """It is held out of the training images, evenly spaced, and tasks still share their images."""
+    """It is held out of the training images, of each class alike, and tasks still share their images."""
     whole, _ = accepting(small_mnist).load("mnist")
     library = data.Library(small_mnist, CPU, accept_unverified=True, validation=0.25)
     first, second, _ = data.permutated_mnist(library, OPTIONS)
     assert (len(first.train), len(first.test)) == (150, 50)
     rows = [split.images.flatten(1).tolist() for split in (whole, first.train, first.test)]
     assert sorted(rows[0]) == sorted(rows[1] + rows[2])
-    places = torch.tensor([rows[0].index(row) for row in rows[2]])
-    assert set(places.diff().tolist()) == {4, 5}
+    assert first.test.labels.bincount().tolist() == [5] * 10 and first.train.labels.bincount().tolist() == [15] * 10
     assert second.train.images is first.train.images and second.test.images is first.test.images
-    task = tmp_path / "few.npz"
-    np.savez(task, x_train=np.zeros((4, 8, 8)), y_train=[0] * 4, x_test=np.zeros((4, 8, 8)), y_test=[0] * 4)
-    with pytest.raises(UserError, match=r"few.npz is not a task.*--validation: 0.1 of 4 training images are 0"):
+
+
+@pytest.mark.parametrize("labels", [[0] * 4, [0] * 30 + [1]])
+def test_too_few_images_to_hold_any_out_are_refused(tmp_path, labels):
+    task, images = tmp_path / "few.npz", np.zeros((len(labels), 8, 8))
+    np.savez(task, x_train=images, y_train=labels, x_test=images, y_test=labels)
+    with pytest.raises(
+        UserError, match=rf"^--validation: 0.1 is too little.* {min(4, labels.count(labels[-1]))} train"
+    ):
         data.Library(tmp_path, CPU, validation=0.1).load_own(task)
+
+
+def test_the_same_images_are_held_out_on_every_machine():
+    """By whole numbers: the fractions of `linspace` are rounded in other ways by other cores."""
+    split = data.Split(torch.zeros(60000, 1, 1, 1, dtype=torch.uint8), torch.arange(60000) * 7 % 10)
+    _, held = replace(split, images=torch.arange(60000)).hold_out(0.1)
+    by_class = sorted(range(60000), key=lambda row: (row * 7 % 10, row))
+    assert sorted(by_class[10 * k + 5] for k in range(6000)) == held.images.tolist()
 
 
 # -------------------------------------------------------------------------------------------------- experiments

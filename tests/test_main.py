@@ -167,9 +167,11 @@ def test_every_experiment_mode_and_recipe_runs_and_draws(tmp_path, flags, name):
     table = call("visual.py", "results", cwd=tmp_path)
     cells = [config["recipe"], config["replay_mode"], " ".join(config["flags"])]
     assert table.stdout.splitlines()[-1].split(" | ")[1:4] == cells
+    drawn = tmp_path / "samples" / f"{name}-sample.jpg"
+    assert drawn.exists() == ("generative" in name or "--sample-log" in flags)
     if "generative" in name:
-        assert draw(tmp_path, *flags.split()).returncode == 0
-        assert (tmp_path / "samples" / f"{name}-sample.jpg").exists()
+        drawn.unlink()
+        assert draw(tmp_path, *flags.split()).returncode == 0 and drawn.exists()
 
 
 def test_tasks_of_ones_own_mix_with_named_ones(tmp_path, small_mnist):
@@ -414,6 +416,28 @@ def test_each_tasks_scholar_is_kept_on_request(tmp_path, small_mnist):
     assert {path.name for path in tmp_path.glob("checkpoints/after-*/*")} == {f"{NAME}~1"}
 
 
+def test_a_run_can_be_measured_on_held_out_images_instead_of_test_images(tmp_path, small_mnist):
+    flags, name = ["--replay-mode=none", "--sample-log"], "permutated-mnist-none-r1-validation"
+    process = train(tmp_path, small_mnist, *flags, "--validation=0.2")
+    assert process.returncode == 0, process.stderr
+    assert "precision on each task's held-out training images after the last task" in process.stdout
+    run = utils.Run.read(tmp_path / "results" / name)
+    assert "--validation=0.2" in run.flags and run.data_note.endswith(
+        "held-out training images in place of test images"
+    )
+    share = 40  # of 200 training images
+    assert {round(value * share, 6) % 1 for value in run.summary["precision"][1]} == {0}
+    again = train(tmp_path, small_mnist, *flags, "--validation=0.1", "--resume")
+    assert_one_line_error(again, 1, "--validation 0.2, not 0.1")
+    on_test_images = draw(tmp_path, *flags, "--validation=0.2", "--on=mnist", f"--data-dir={small_mnist}")
+    assert "of 100 test images" in on_test_images.stdout
+    kept = tmp_path / "checkpoints" / name
+    own = write_task(tmp_path / "own.npz", classes=12)
+    process = train(tmp_path, small_mnist, *flags, f"--continue-from={kept}", "--tasks", own)
+    assert process.returncode == 1
+    assert "error: --continue-from: its scholar was trained with --validation=0.2" in process.stderr.splitlines()[-1]
+
+
 def test_answers_of_a_scholar_are_a_csv_file_with_its_precision(copy_of_trained, small_mnist):
     where = ["--on=mnist", f"--data-dir={small_mnist}"]
     process = draw(copy_of_trained, *where)
@@ -471,9 +495,11 @@ def test_options_without_effect_are_named(tmp_path, small_mnist):
 
 
 def test_samples_are_drawn_six_a_row_and_as_in_the_end_of_training(copy_of_trained):
-    at_the_end = (copy_of_trained / "samples" / f"{NAME}-sample.jpg").read_bytes()
+    drawn = copy_of_trained / "samples" / f"{NAME}-sample.jpg"
+    at_the_end = drawn.read_bytes()
+    drawn.unlink()
     process = draw(copy_of_trained, start=run)
-    assert (copy_of_trained / "samples" / f"{NAME}-sample.jpg").read_bytes() == at_the_end
+    assert drawn.read_bytes() == at_the_end
     assert process.returncode == 0 and process.stdout.splitlines()[0] == f"samples: samples/{NAME}-sample.jpg"
     with Image.open(copy_of_trained / "samples" / f"{NAME}-sample.jpg") as picture:
         assert picture.size == (6 * 34 + 2, 2 * 34 + 2)

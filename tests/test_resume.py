@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import pkgutil
 import pickle
 import random
 import shutil
@@ -112,7 +113,7 @@ def test_resumed_run_is_the_run_that_was_never_stopped(tmp_path, small_mnist, wh
     "setting",
     [
         ["--replay-mode=none"],
-        ["--replay-mode=exact-replay", "--replay-targets=soft"],
+        ["--replay-mode=exact-replay", "--replay-targets=soft", "--solver-noise=0.1", "--validation=0.2"],
         ["--replay-mode=noise-replay"],
         ["--experiment=mnist-chain", "--lr-schedule=linear"],
         ["--measure-generator", "--measured-images=100"],
@@ -265,17 +266,28 @@ def test_a_run_from_a_kept_scholar_resumes_from_the_same_one(tmp_path, small_mni
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 
-def test_a_disk_that_is_full_at_the_last_figure_leaves_a_whole_run(tmp_path, small_mnist, whole, monkeypatch):
-    def savefig(*_, **__):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.mark.parametrize(
+    "function, picture",
+    [("matplotlib.figure.Figure.savefig", "precision.png"), ("torchvision.utils.save_image", f"{NAME}-sample.jpg")],
+)
+def test_a_disk_that_is_full_at_the_last_picture_leaves_a_whole_run(
+    tmp_path, small_mnist, whole, monkeypatch, function, picture
+):
+    plain = pkgutil.resolve_name(function)
+
+    def full(*to, **how):
+        if picture in to[-1].name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        plain(*to, **how)
 
     with monkeypatch.context() as patch:
-        patch.setattr("matplotlib.figure.Figure.savefig", savefig)
-        with pytest.raises(
-            UserError, match=rf"{tmp_path}/.*precision\.png: No space left.*results and scholar are whole"
-        ):
+        patch.setattr(function, full)
+        with pytest.raises(UserError, match=rf"{tmp_path}/.*{picture}: No space left.*results and scholar are whole"):
             run_here(flags(tmp_path, small_mnist))
     assert Run.read(tmp_path / "results" / NAME).summary and (tmp_path / "checkpoints" / NAME).exists()
+    run_here(flags(tmp_path, small_mnist, "--resume"))
+    assert outcome(tmp_path) == whole
+    next(tmp_path.rglob(picture)).unlink()  # by mistake
     run_here(flags(tmp_path, small_mnist, "--resume"))
     assert outcome(tmp_path) == whole
 
