@@ -6,8 +6,8 @@ import io
 import itertools
 import json
 import os
-import pkgutil
 import pickle
+import pkgutil
 import random
 import shutil
 import signal
