@@ -96,7 +96,8 @@ class Split:
         splits = self.take(~held), self.take(held)
         if any(len(split.labels.unique()) < len(self.labels.unique()) for split in splits):
             smallest = int(self.labels.unique(return_counts=True)[1].min())
-            raise UserError(f"--validation: {share:g} is too little, as a class has only {smallest} training images")
+            few = f"the smallest class has {smallest} of the training images, too few to hold out {share:g} of them"
+            raise UserError(f"--validation: {few}")
         return splits
 
     def take(self, rows: Tensor) -> "Split":

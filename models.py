@@ -94,7 +94,9 @@ class ScholarOptions:
         "networks",
         low=1,
     )
-    solver_noise: float = option(0.0, "standard deviation of noise on its inputs while it learns", low=0, high=10)
+    solver_noise: float = option(
+        0.0, "standard deviation of noise on its inputs, pixels from 0 to 1, while it learns", low=0, high=10
+    )
     heads: str = option(
         "one",
         "output layers: one for all classes, or one per task, which then has to be known",

@@ -254,7 +254,7 @@ SMALL = [*TINY, "--data-dir=datasets"]
 def test_command_of_the_docs_runs(command, place, monkeypatch, capsys):
     """In its tiny form: the same flags, then small sizes. What --test wants is trained first."""
     monkeypatch.chdir(place)
-    monkeypatch.setattr(main.dgr.EWC, "images", 20)
+    monkeypatch.setattr(dgr.EWC, "images", 20)
     script, *arguments = shlex.split(command)
     if script == "./visual.py":
         results = sorted(str(path.parent) for path in place.glob("results/*/config.json"))
