@@ -255,7 +255,7 @@ def beside_exact(experiments: dict[str, dict[str, list[Setting]]]) -> str:
             cells["points behind, same seed"] = visual.mean_sd(behind, 1)
             cells["minutes"] = visual.mean_sd([run.summary["seconds"] / 60 for run in ours.finished], 0)
             rows.append(cells)
-    return visual.markdown(rows)
+    return visual.markdown(rows) if rows else ""
 
 
 def write_picture(figure: Any, name: str, title: str) -> list[str]:
