@@ -226,7 +226,7 @@ def run_training(options: Options) -> None:
     """--train: learn the tasks, unless --resume finds that done; holds the locks of the run's name meanwhile."""
     if nothing_to_resume(options):
         return
-    library = library_of(options, models.choose(options)[0])
+    library = library_of(options, models.choose_device(gpus=not options.no_gpus))
     tasks = data.make_tasks(library, options)
     paths = options.paths
     with utils.locked(paths.results), utils.locked(paths.scholar), utils.locked(paths.sample_log):
