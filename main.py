@@ -46,7 +46,7 @@ FLOW = QUICK | {"generator": "flow", "generator_iterations": 1500, "replay_pool"
 # The defaults that each recipe sets: for the experiments named, and ("") for all others.
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "2017": {"": {}},
-    "best": {"": BEST, "permutated-mnist": VAE, "mnist-svhn": NARROW, "svhn-mnist": NARROW},
+    "best": {"": BEST, "permutated-mnist": VAE, "mnist-svhn": NARROW, "svhn-mnist": BEST | {"lr": 1e-3}},
     "quick": {"": QUICK, "svhn-mnist": QUICK_SVHN, "split-svhn": QUICK_SVHN},
     "demo": {"": DEMO},
     "flow": {"": FLOW},
