@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Draw every figure and write arts/RESULTS.md from the kept runs, without training (`make figures`).
 
-    arts/figures.py                             all figures, GIFs and tables
-    arts/figures.py --keep results/NAME ...     first keep finished runs
-    arts/figures.py --keep-ablations results    first keep what benchmarks/ablations.py left there
+    arts/figures.py                                        all figures, GIFs and tables
+    arts/figures.py --keep results/NAME ...                first keep finished runs
+    arts/figures.py --keep-ablations results/ablations     first keep those of benchmarks/ablations.py (or levers)
 
 runs.csv has one row per run, curves.csv.xz what was measured during training, samples.zip the pictures of --sample-log.
 The prose of RESULTS.md is in RESULTS.template.md, where {{...}} stands for a table or for numbers (see `numbers`).
@@ -410,13 +410,15 @@ def draw_all(runs: list[Run]) -> None:
         "beside exact": beside_exact(shown),
         "experiments": "\n".join(sections).rstrip(),
         "other settings": "\n".join(others).rstrip(),
-        "ablations": ablations(of_variations) if of_variations else "",
-        "ablation flags": code(of_variations[0].first.flags[:-1]) if of_variations else "",
         "ends": ends([run for run in runs if not run.config["variation"]]),
         "test size": ", ".join(sorted({str(run.options["test_size"]) for run in runs})),
         "runs": str(len(runs)),
         "narrow": code(NARROW),
     }
+    for kind, experiment in (("ablations", "permutated-mnist"), ("levers", "split-mnist")):
+        those = [setting for setting in of_variations if setting.first.experiment == experiment]
+        filled[kind] = ablations(those) if those else ""
+        filled[f"flags of {kind}"] = code(those[0].first.flags[:-1]) if those else ""
     everything = [setting for settings in experiments.values() for setting in settings] + of_variations
 
     def fill(found: re.Match[str]) -> str:
@@ -439,14 +441,14 @@ def run(arguments: list[str] | None = None) -> None:
         default=[],
         help="finished runs to keep",
     )
-    parser.add_argument("--keep-ablations", type=utils.to_path, metavar="DIR", help="results of ablations.py to keep")
+    parser.add_argument("--keep-ablations", type=utils.to_path, metavar="DIR", help="runs of ablations.py to keep")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as directory:
         samples = Path(directory)
         runs = read_kept(samples)
         new = [Run.read(directory) for directory in options.keep]
         if options.keep_ablations:
-            new += [run for run in utils.find_runs([options.keep_ablations / "ablations"]) if run.summary]
+            new += [run for run in utils.find_runs([options.keep_ablations]) if run.summary]
         for run in new:
             keep(runs, run, samples)
         if new:

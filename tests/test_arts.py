@@ -275,23 +275,25 @@ def test_only_tests_that_need_a_gpu_are_among_those_for_a_gpu(monkeypatch):
 
 
 @pytest.mark.slow
-def test_every_variation_changes_what_is_learned_and_is_kept(figures, tmp_path, small_mnist):
+@pytest.mark.parametrize("kind, experiment", [("ablations", "permutated-mnist"), ("levers", "split-mnist")])
+def test_every_variation_changes_what_is_learned_and_is_kept(figures, tmp_path, small_mnist, kind, experiment):
     flags = ["--seeds", "0", f"--results={tmp_path / 'results'}", f"--data-dir={small_mnist}", *TINY]
+    flags += ["--levers"] if kind == "levers" else []
     process = call("benchmarks/ablations.py", *flags, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
-    content = json.loads((tmp_path / "results/ablations.json").read_text())
+    content = json.loads((tmp_path / f"results/{kind}.json").read_text())
     names = list(content["average_precision"])
     assert len(names) > 10 and all(f"  {name} " in process.stdout for name in names)
-    metrics = [path.read_text() for path in tmp_path.glob("results/ablations/*/seed-0/result/*/metrics.csv")]
+    metrics = [path.read_text() for path in tmp_path.glob(f"results/{kind}/*/seed-0/result/*/metrics.csv")]
     assert len(metrics) == len(set(metrics)) == len(names)
     runs = utils.find_runs([tmp_path / "results"])
-    assert len(utils.group_runs(runs)["permutated-mnist"]) == len(names)
+    assert len(utils.group_runs(runs)[experiment]) == len(names)
     again = call("benchmarks/ablations.py", names[0], names[-1], *flags, cwd=tmp_path)
     assert again.stdout.count("nothing to resume") == 2
-    assert json.loads((tmp_path / "results/ablations.json").read_text()) == content
+    assert json.loads((tmp_path / f"results/{kind}.json").read_text()) == content
 
     before = len(figures.read_kept(tmp_path / "before"))
-    figures.run(["--keep-ablations", str(tmp_path / "results")])
+    figures.run(["--keep-ablations", str(tmp_path / "results" / kind)])
     kept = figures.read_kept(tmp_path / "after")[before:]
     precisions = {run.config["variation"]: [run.summary["average_precision"]] for run in kept}
     assert precisions == content["average_precision"]
