@@ -43,6 +43,7 @@ DEMO |= {"solver_channel_size": 128, "solver_iterations": 500}
 VAE = SOFT | {"generator": "vae", "solver": "mlp", "lr": 1e-3, "batch_size": 128}
 VAE_CHAIN = {"solver": "cnn", "solver_channel_size": 128, "solver_iterations": 5000, "temperature": 4.0}
 FLOW = QUICK | {"generator": "flow", "generator_iterations": 1500, "replay_pool": 10_000}
+FLOW |= {"solver": "mlp", "solver_channel_size": 400, "solver_iterations": 500}
 # The defaults that each recipe sets: for the experiments named, and ("") for all others.
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "2017": {"": {}},
