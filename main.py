@@ -385,7 +385,7 @@ def run_test(options: Options) -> None:
         library = library_of(options, device, validation=0.0)
         (task,) = data.same_channels(data.own_tasks(library, [options.on]), checkpoint["image_channels"])
         test, file = task.test, options.paths.answers(Path(options.on).stem)
-        answers = train.answers(scholar.solver, test, models.images_at_once(device))
+        answers = train.scores(scholar.solver, test, models.images_at_once(device)).argmax(dim=1)
         right = (answers == test.labels).double().mean().item()
         utils.write_csv(file, {"image": range(len(test)), "label": test.labels.tolist(), "answer": answers.tolist()})
         print(f"precision on {task.name}: {right:.4f} of {len(test)} test images\nanswers: {file}")

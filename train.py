@@ -114,34 +114,26 @@ def unused(options: TrainingOptions) -> dict[str, str]:
     return found
 
 
-def answers(
-    solver: dgr.Solver, split: Split, images_at_once: int, *, classes: Tensor | None = None, head: int = -1
-) -> Tensor:
-    """The classes (n,) int64 that the solver gives a split's images.
-
-    classes: the only possible answers, in order; None: all. head: the output layer that answers, from 0, if there are
-    several.
-    """
+def scores(solver: dgr.Solver, split: Split, images_at_once: int, *, head: int = -1) -> Tensor:
+    """The class scores (n, classes) that the solver gives a split's images; head: from 0, if there are several."""
     given = []
-    for start in range(0, len(split), images_at_once):
-        x, _ = split.batch(slice(start, start + images_at_once))
-        if classes is None:
-            answer = solver.answer(x)
-            given.append(answer[:, head] if answer.dim() == 2 else answer)
-        else:
-            with dgr.evaluating(solver):
-                scores = solver(x)
-            scores = scores[:, head] if scores.dim() == 3 else scores
-            given.append(classes[scores[:, classes].argmax(dim=1)])
+    with dgr.evaluating(solver):
+        for start in range(0, len(split), images_at_once):
+            x, _ = split.batch(slice(start, start + images_at_once))
+            part = solver(x)
+            given.append(part[:, head] if part.dim() == 3 else part)
     return torch.cat(given)
 
 
-def precision(solver: dgr.Solver, split: Split, images_at_once: int, **which: Any) -> float:
-    """Test accuracy: the share of a split's images that the solver answers correctly, in [0, 1].
+def share_right(scores: Tensor, labels: Tensor, classes: Tensor | None = None) -> float:
+    """The share of labels (n,) that scores (n, classes) answer rightly; classes: the only answers, None: all."""
+    given = scores.argmax(dim=1) if classes is None else classes[scores[:, classes].argmax(dim=1)]
+    return int((given == labels).sum()) / len(labels)
 
-    With `classes` (see `answers`) it is task-incremental precision.
-    """
-    return int((answers(solver, split, images_at_once, **which) == split.labels).sum()) / len(split)
+
+def precision(solver: dgr.Solver, split: Split, images_at_once: int) -> float:
+    """Test accuracy: the share of a split's images that the solver answers correctly, in [0, 1]."""
+    return share_right(scores(solver, split, images_at_once), split.labels)
 
 
 Measures = dict[str, float | list[float]]  # of a generator, by name; see `measure_generator`
@@ -269,7 +261,7 @@ class Training:
             self._measure(self.first - 1)
         if self.task == 1 and not any(self.done.values()) and self._looks_ahead and not self.before:
             tests = {number: task.test for number, task in enumerate(self.tasks, start=1)}
-            self.ahead["untrained"] = list(self._precisions(tests).values())
+            self.ahead["untrained"] = list(self._precisions(tests)[0].values())
         self._save_state()
         self._last_saved = time.monotonic()
         while self.task <= len(self.tasks):
@@ -312,7 +304,7 @@ class Training:
         subsets = {number: test.subset(options.test_size) for number, test in self._tests(self.task).items()}
         for iteration in self._watched("solver", learning, iterations):
             if at_interval(iteration, options.eval_log_interval, iterations):
-                self._report("solver", iteration, self._precisions(subsets))
+                self._report("solver", iteration, self._precisions(subsets)[0])
 
         self._measure(self.task)
         self.generator_measures.append(self._measure_generator() if self.classifier is not None else None)
@@ -327,13 +319,13 @@ class Training:
 
     def _measure(self, task: int) -> None:
         """Measure the scholar of a task on whole test sets: a row of each matrix, and the task that comes next."""
-        tests, numbers = self._tests(task), range(1, len(self.tasks) + 1)
-        row, task_known = self._precisions(tests), self._precisions(tests, task_known=True)
-        self.matrix.append([row.get(f"precision-{number}") for number in numbers])
-        self.task_incremental.append([task_known.get(f"precision-{number}") for number in numbers])
+        following = {task + 1: self.tasks[task].test} if self._looks_ahead and task < len(self.tasks) else {}
+        row, task_known = self._precisions(self._tests(task) | following)
         if task < len(self.tasks):
-            following = {task + 1: self.tasks[task].test} if self._looks_ahead else {}
-            self.ahead["before"] += list(self._precisions(following).values()) or [None]
+            self.ahead["before"].append(row.pop(f"precision-{task + 1}", None))
+        for matrix, values in ((self.matrix, row), (self.task_incremental, task_known)):
+            seen = range(1, task + 1)
+            matrix.append([values.get(f"precision-{n}") if n in seen else None for n in range(1, len(self.tasks) + 1)])
         for observer in self.observers:
             observer.scalars("test", task, self.options.solver_iterations, row)
 
@@ -355,21 +347,22 @@ class Training:
         data = self.tasks[task - 1].train
         return dgr.OwnHead(data, task - 1, heads) if self.options.heads == "task" else data
 
-    def _precisions(self, tests: dict[int, Split], *, task_known: bool = False) -> dict[str, float]:
-        """Precision on these tests by task. task_known: with the classes of the task as the only answers."""
-        solver, values = self.scholar.solver.remember(), {}
+    def _precisions(self, tests: dict[int, Split]) -> tuple[dict[str, float], dict[str, float]]:
+        """Precision on these tests by task, and with the classes of the task as the only answers (task-incremental)."""
+        solver, values, task_known = self.scholar.solver.remember(), {}, {}
         for task, test in tests.items():
-            classes = self.tasks[task - 1].train.labels.unique() if task_known else None
-            while f"precision-{task}" not in values:
+            name, classes = f"precision-{task}", self.tasks[task - 1].train.labels.unique()
+            while name not in values:
                 try:
-                    value = precision(solver, test, self.images_at_once, classes=classes, head=task - 1)
-                    values[f"precision-{task}"] = value
+                    given = scores(solver, test, self.images_at_once, head=task - 1)
+                    values[name] = share_right(given, test.labels)
+                    task_known[name] = share_right(given, test.labels, classes)
                 except (MemoryError, RuntimeError) as error:
                     if self.images_at_once == 1 or not out_of_memory(error):
                         raise
-                if f"precision-{task}" not in values:  # outside the handler, which keeps the block's memory
+                if name not in values:  # outside the handler, which keeps the block's memory
                     self.images_at_once //= 2
-        return values
+        return values, task_known
 
     def _measure_generator(self) -> Measures:
         learned, at_once = self.tasks[: self.task], self.images_at_once

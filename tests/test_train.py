@@ -82,17 +82,19 @@ def test_precision_counts_right_answers_over_the_whole_split(small_mnist):
     """differences.md, 23."""
 
     class Nine(dgr.Solver):
-        def answer(self, x):
-            return torch.full((len(x),), 9)  # right in the last row too, after the last whole batch
+        def forward(self, x):
+            return torch.eye(10)[9].repeat(len(x), 1)  # right in the last row too, after the last whole batch
 
     assert train.precision(Nine(torch.nn.Identity()), small_tasks(small_mnist)[0].test, 7) == 0.1
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
 def test_out_of_memory_in_a_test_halves_the_block_and_goes_on(small_mnist, monkeypatch, error):
-    blocks, plain = [], dgr.Solver.answer
+    blocks, plain = [], dgr.Solver.forward
 
-    def answer(solver, x):
+    def forward(solver, x):
+        if solver.training:
+            return plain(solver, x)
         blocks.append(len(x))
         if len(x) > 16:
             raise error
@@ -101,7 +103,7 @@ def test_out_of_memory_in_a_test_halves_the_block_and_goes_on(small_mnist, monke
     torch.manual_seed(1)
     whole, _ = learn(small_mnist, replay_mode="none")
     torch.manual_seed(1)
-    monkeypatch.setattr(dgr.Solver, "answer", answer)
+    monkeypatch.setattr(dgr.Solver, "forward", forward)
     training, _ = learn(small_mnist, replay_mode="none")
     assert training.matrix == whole.matrix and training.images_at_once == 16
     assert [n for n in blocks if n > 16] == [64, 32]  # on whole tests; remembered from then on
@@ -109,10 +111,10 @@ def test_out_of_memory_in_a_test_halves_the_block_and_goes_on(small_mnist, monke
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("no such kernel")])
 def test_what_smaller_blocks_do_not_help_ends_the_run(small_mnist, monkeypatch, error):
-    def answer(_solver, x):
+    def forward(_solver, x):
         raise error
 
-    monkeypatch.setattr(dgr.Solver, "answer", answer)
+    monkeypatch.setattr(dgr.Solver, "forward", forward)
     with pytest.raises(RuntimeError) as raised:
         learn(small_mnist, replay_mode="none")
     assert raised.value is error
@@ -121,12 +123,12 @@ def test_what_smaller_blocks_do_not_help_ends_the_run(small_mnist, monkeypatch, 
 def test_curves_are_measured_on_subsets_of_test_splits_and_the_summary_on_all_of_them(small_mnist, monkeypatch):
     """differences.md, 19."""
     seen = []
-    monkeypatch.setattr(train, "precision", lambda _solver, split, _at_once, **_: seen.append(split) or 0.5)
+    plain = train.scores
+    monkeypatch.setattr(train, "scores", lambda _, split, *at, **how: seen.append(split) or plain(_, split, *at, **how))
     training, _ = learn(small_mnist, tasks=3, replay_mode="none")
     tests = [task.test for task in training.tasks]
     whole = [split for split in seen if len(split) > 20]
-    untrained, rows = [0, 1, 2], ([0], [0, 1], [0, 1, 2])
-    expected = untrained + rows[0] * 2 + [1] + rows[1] * 2 + [2] + rows[2] * 2  # rows with and without the task known
+    expected = [0, 1, 2, *(0, 1), *(0, 1, 2), *(0, 1, 2)]  # untrained; after each task, with the following one
     assert [id(split) for split in whole] == [id(tests[i]) for i in expected]
     (first, *_) = (split for split in seen if len(split) == 20)
     assert torch.equal(first.images, tests[0].subset(20).images)
@@ -236,7 +238,8 @@ def test_with_the_task_known_no_other_class_can_win():
 
     split = data.Split(torch.zeros(4, 1, 32, 32, dtype=torch.uint8), torch.tensor([2, 3, 3, 3]))
     assert train.precision(Known(torch.nn.Identity()), split, 3) == 0
-    assert train.precision(Known(torch.nn.Identity()), split, 3, classes=torch.tensor([2, 3])) == 0.75
+    scores = train.scores(Known(torch.nn.Identity()), split, 3)
+    assert train.share_right(scores, split.labels, torch.tensor([2, 3])) == 0.75
 
 
 @pytest.mark.parametrize("chain", [False, True])
