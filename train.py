@@ -319,13 +319,14 @@ class Training:
 
     def _measure(self, task: int) -> None:
         """Measure the scholar of a task on whole test sets: a row of each matrix, and the task that comes next."""
-        following = {task + 1: self.tasks[task].test} if self._looks_ahead and task < len(self.tasks) else {}
-        row, task_known = self._precisions(self._tests(task) | following)
-        if task < len(self.tasks):
-            self.ahead["before"].append(row.pop(f"precision-{task + 1}", None))
+        following = [task + 1] if task < len(self.tasks) else []
+        ahead = {number: self.tasks[number - 1].test for number in following if self._looks_ahead}
+        row, task_known = self._precisions(self._tests(task) | ahead)
+        for number in following:
+            self.ahead["before"].append(row.pop(f"precision-{number}", None))
+            task_known.pop(f"precision-{number}", None)
         for matrix, values in ((self.matrix, row), (self.task_incremental, task_known)):
-            seen = range(1, task + 1)
-            matrix.append([values.get(f"precision-{n}") if n in seen else None for n in range(1, len(self.tasks) + 1)])
+            matrix.append([values.get(f"precision-{number}") for number in range(1, len(self.tasks) + 1)])
         for observer in self.observers:
             observer.scalars("test", task, self.options.solver_iterations, row)
 
