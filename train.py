@@ -319,14 +319,13 @@ class Training:
 
     def _measure(self, task: int) -> None:
         """Measure the scholar of a task on whole test sets: a row of each matrix, and the task that comes next."""
-        following = [task + 1] if task < len(self.tasks) else []
-        ahead = {number: self.tasks[number - 1].test for number in following if self._looks_ahead}
+        ahead = {task + 1: self.tasks[task].test} if self._looks_ahead and task < len(self.tasks) else {}
         row, task_known = self._precisions(self._tests(task) | ahead)
-        for number in following:
-            self.ahead["before"].append(row.pop(f"precision-{number}", None))
-            task_known.pop(f"precision-{number}", None)
+        if task < len(self.tasks):
+            self.ahead["before"].append(row.pop(f"precision-{task + 1}", None))
+            task_known.pop(f"precision-{task + 1}", None)
         for matrix, values in ((self.matrix, row), (self.task_incremental, task_known)):
-            matrix.append([values.get(f"precision-{number}") for number in range(1, len(self.tasks) + 1)])
+            matrix.append([values.get(f"precision-{j}") for j in range(1, len(self.tasks) + 1)])
         for observer in self.observers:
             observer.scalars("test", task, self.options.solver_iterations, row)
 
@@ -356,8 +355,8 @@ class Training:
             while name not in values:
                 try:
                     given = scores(solver, test, self.images_at_once, head=task - 1)
-                    values[name] = share_right(given, test.labels)
                     task_known[name] = share_right(given, test.labels, classes)
+                    values[name] = share_right(given, test.labels)
                 except (MemoryError, RuntimeError) as error:
                     if self.images_at_once == 1 or not out_of_memory(error):
                         raise

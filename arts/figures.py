@@ -27,7 +27,9 @@ from typing import Any
 from PIL import Image
 
 ARTS = Path(__file__).resolve().parent
-sys.path.insert(0, str(ARTS.parent))
+sys.path[:0] = [str(ARTS.parent), str(ARTS.parent / "benchmarks")]
+
+from ablations import LEVERS, VARIATIONS  # noqa: E402
 
 import main  # noqa: E402
 import models  # noqa: E402
@@ -403,7 +405,7 @@ def draw_all(runs: list[Run]) -> None:
             [f"### Other settings: {experiment}", "", visual.markdown([row_of(s) for s in rest]), ""] if rest else []
         )
     of_variations = [setting for settings in utils.group_runs(variations).values() for setting in settings]
-    order = list(dict.fromkeys(run.config["variation"] for run in variations))
+    order = [*VARIATIONS, *LEVERS]
     of_variations.sort(key=lambda setting: order.index(setting.first.config["variation"]))
     filled = {
         "overview": overview(shown),
@@ -415,8 +417,8 @@ def draw_all(runs: list[Run]) -> None:
         "runs": str(len(runs)),
         "narrow": code(NARROW),
     }
-    for kind, experiment in (("ablations", "permutated-mnist"), ("levers", "split-mnist")):
-        those = [setting for setting in of_variations if setting.first.experiment == experiment]
+    for kind, names in (("ablations", VARIATIONS), ("levers", LEVERS)):
+        those = [setting for setting in of_variations if setting.first.config["variation"] in names]
         filled[kind] = ablations(those) if those else ""
         filled[f"flags of {kind}"] = code(those[0].first.flags[:-1]) if those else ""
     everything = [setting for settings in experiments.values() for setting in settings] + of_variations
@@ -448,7 +450,8 @@ def run(arguments: list[str] | None = None) -> None:
         runs = read_kept(samples)
         new = [Run.read(directory) for directory in options.keep]
         if options.keep_ablations:
-            new += [run for run in utils.find_runs([options.keep_ablations]) if run.summary]
+            found = utils.find_runs([options.keep_ablations])
+            new += [run for run in found if run.summary and run.config.get("variation")]
         for run in new:
             keep(runs, run, samples)
         if new:

@@ -25,7 +25,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -35,6 +34,7 @@ import dgr
 import gan
 import main
 import models
+import train
 import utils
 import visual
 
@@ -49,7 +49,12 @@ FLAGS = [
 
 
 def two_forwards(
-    solver: dgr.Solver, current: dgr.Pairs, replayed: dgr.Pairs | None, r: float, temperature: float = 1.0
+    solver: dgr.Solver,
+    current: dgr.Pairs,
+    replayed: dgr.Pairs | None,
+    r: float,
+    temperature: float = 1.0,
+    penalty: None = None,
 ) -> Tensor:
     """Equation 1 with a forward pass for each kind of images: batch normalisation normalises them separately."""
     x, y = current
@@ -115,10 +120,10 @@ def two_losses(
         yield generator.generator_step(batch_size)
 
 
-def critic_of_2017(*, channel_size: int, image_channels: int) -> models.Network:
+def critic_of_2017(*, channel_size: int, image_channels: int, image_size: int, scores: int) -> models.Network:
     """The last convolution has stride 1, and the head reads 64 c values where an image has 72 c, so rows mix images.
 
-    It needs batches of a multiple of 8.
+    It needs batches of a multiple of 8, and images of 32 x 32.
     """
     c = channel_size
     layers: list[nn.Module] = []
@@ -135,7 +140,7 @@ def critic_of_2017(*, channel_size: int, image_channels: int) -> models.Network:
 
 
 def tenth(noise: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda self, n: 0.1 * noise(self, n)
+    return lambda self, n, y=None: 0.1 * noise(self, n, y)
 
 
 def standard_normal(self: dgr.NoiseReplay, n: int) -> Tensor:
@@ -260,16 +265,14 @@ def averaged_solver(solver: dgr.Solver) -> dgr.Solver:
     return dgr.Solver(dgr.frozen(solver.average.module)).eval()
 
 
-def averaged_scores(solver: dgr.Solver, x: Tensor) -> Tensor:
-    return solver.net(x) if solver.training else solver.average.module(x)
+def beginning_anew(learn_task: Callable[[train.Training], None]) -> Callable[[train.Training], None]:
+    """A task begins with optimisers that have forgotten the last one."""
 
-
-def forgetting_moments(learn: Callable[..., Any]) -> Callable[..., Any]:
-    """`learn_generator` or `learn_solver` with an optimiser that begins each task anew."""
-
-    def learning(part: Any, *arguments: Any, **settings: Any) -> Any:
-        part.optimiser.state.clear()
-        return learn(part, *arguments, **settings)
+    def learning(self: train.Training) -> None:
+        for phase, done in self.done.items():
+            for optimiser in train.optimisers(getattr(self.scholar, phase)).values() if done == 0 else ():
+                optimiser.state.clear()
+        learn_task(self)
 
     return learning
 
@@ -282,8 +285,8 @@ def more_replay(
     r: float,
     iterations: int,
     batch_size: int,
-    temperature: float,
-    penalty: Any,
+    temperature: float = 1.0,
+    penalty: Any = None,
 ) -> Iterator[dict[str, Tensor]]:
     """As many replayed images for each task behind as current ones (r is 1/i)."""
     solver.train()
@@ -295,24 +298,30 @@ def more_replay(
 
 
 def confident_half(self: dgr.GenerativeReplay, n: int) -> Tensor:
-    """Of twice as many images, those of which the old solver is surest."""
+    """Of twice as many images, those of which the old solver is surest; the new generator learns from them, too."""
     x = self.old_scholar.generator.sample(2 * n)
     sure = self.old_scholar.solver.answer_softly(x, 1.0).amax(dim=1)
     return x[sure.topk(n).indices[torch.randperm(n)]]
 
 
 def mixing(learn: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
-    """Mixup (Zhang et al. 2018, arXiv 1710.09412) within current and within replayed pairs."""
+    """Mixup (Zhang et al. 2018, arXiv 1710.09412) within current and within replayed images.
 
-    def learning(self: models.MLP, loss: Any, x: Tensor, y: Tensor, *replayed: Tensor) -> dict[str, Tensor]:
+    Two images are mixed, and so are the losses of their two answers: classes stay classes, and soft targets soft.
+    """
+
+    def learning(self: models.MLP, loss: models.Loss, x: Tensor, y: Tensor, *replayed: Tensor) -> dict[str, Tensor]:
         share = float(torch.distributions.Beta(0.2, 0.2).sample())
+        pairs = [(x, y), *([replayed] if replayed else [])]
+        orders = [torch.randperm(len(images)) for images, _ in pairs]
+        mixed = [share * images + (1 - share) * images[order] for (images, _), order in zip(pairs, orders, strict=True)]
+        others = [answers[order] for (_, answers), order in zip(pairs, orders, strict=True)]
 
-        def mix(x: Tensor, y: Tensor) -> dgr.Pairs:
-            other = torch.randperm(len(x))
-            p = y if y.is_floating_point() else F.one_hot(y, self.net[-1].out_features).float()
-            return share * x + (1 - share) * x[other], share * p + (1 - share) * p[other]
+        def mixed_loss(current: dgr.Pairs, replayed: dgr.Pairs | None) -> Tensor:
+            other = [(images, answers) for (images, _), answers in zip((current, replayed), others, strict=False)]
+            return share * loss(current, replayed) + (1 - share) * loss(other[0], other[1] if replayed else None)
 
-        return learn(self, loss, *mix(x, y), *(mix(*replayed) if replayed else ()))
+        return learn(self, mixed_loss, mixed[0], y, *((mixed[1], replayed[1]) if replayed else ()))
 
     return learning
 
@@ -328,21 +337,22 @@ def with_dropout(initialise: Callable[..., None]) -> Callable[..., None]:
     return initialising
 
 
-EXACT = "--replay-mode=exact-replay"
+EXACT, CONSTANT = "--replay-mode=exact-replay", "--lr-schedule=constant"
 AVERAGED_GENERATOR = averaging(models.VAE, averaged_generator, 0.99)
-AVERAGED_SOLVER = averaging(models.Classifier, averaged_solver, 0.99) | {
-    (models.Classifier, "forward"): averaged_scores
-}
+AVERAGED_SOLVER = averaging(models.Classifier, averaged_solver, 0.99)
 MIXUP = {(models.Classifier, "learn"): mixing(models.Classifier.learn)}
 DROPOUT = {(models.MLP, "__init__"): with_dropout(models.MLP.__init__)}
-NEW_ADAM = {(dgr, name): forgetting_moments(getattr(dgr, name)) for name in ("learn_generator", "learn_solver")}
+NEW_ADAM = {(train.Training, "_learn_task"): beginning_anew(train.Training._learn_task)}
 
 LEVERS = {
     "no lever": Variation(),
     "no lever, exact replay": Variation([EXACT]),
     "average of the generator's weights": Variation(instead=AVERAGED_GENERATOR),
     "average of the solver's weights": Variation(instead=AVERAGED_SOLVER),
-    "constant learning rate": Variation(["--lr-schedule=constant"]),
+    "constant learning rate": Variation([CONSTANT]),
+    "constant learning rate, average of the generator's weights": Variation([CONSTANT], instead=AVERAGED_GENERATOR),
+    "constant learning rate, average of the solver's weights": Variation([CONSTANT], instead=AVERAGED_SOLVER),
+    "constant learning rate, exact replay": Variation([CONSTANT, EXACT]),
     "Adam begins each task anew": Variation(instead=NEW_ADAM),
     "generator told the classes": Variation(["--generator-conditional"]),
     "generator told the classes, which are the labels": Variation(["--generator-conditional", "--replay-targets=own"]),
