@@ -59,17 +59,10 @@ class Split:
         return self.batch(torch.randint(len(self), (n,), device=self.labels.device))
 
     def inputs(self, n: int) -> Tensor:
-        """The inputs of n random pairs."""
         return self.sample(n)[0]
 
     def with_classes(self, classes: Tensor) -> "Split":
-        """The rows with these labels."""
         return self.take(torch.isin(self.labels, classes.to(self.labels.device)).nonzero().flatten())
-
-    def to(self, device: torch.device) -> "Split":
-        """The same on another device."""
-        permutation = None if self.permutation is None else self.permutation.to(device)
-        return Split(self.images.to(device), self.labels.to(device), permutation)
 
     @cached_property
     def checksum(self) -> str:
@@ -101,7 +94,6 @@ class Split:
         return splits
 
     def take(self, rows: Tensor) -> "Split":
-        """These rows, as a split."""
         return replace(self, images=self.images[rows], labels=self.labels[rows])
 
 
@@ -198,10 +190,7 @@ def _read_idx(directory: Path) -> tuple[Arrays, Arrays]:
         def read(name: str, reader: Callable[[str], Tensor]) -> Tensor:
             if not (path := _find(directory, name)):
                 raise ValueError(f"there is no {name}")
-            if path.suffix == ".gz":
-                extract_archive(path, unpacked)
-                path = Path(unpacked, path.stem)
-            return reader(str(path))
+            return reader(str(extract_archive(path, unpacked) if path.suffix == ".gz" else path))
 
         def read_part(part: str) -> Arrays:
             images = read(f"{part}-images-idx3-ubyte", read_image_file)
@@ -212,10 +201,8 @@ def _read_idx(directory: Path) -> tuple[Arrays, Arrays]:
 
 def _read_cifar10(directory: Path) -> tuple[Arrays, Arrays]:
     def read(*names: str) -> Arrays:
-        batches = []
-        for name in names:
-            with (directory / name).open("rb") as file:
-                batches.append(_ArraysOnly(file, encoding="latin1").load())
+        contents = (io.BytesIO((directory / name).read_bytes()) for name in names)
+        batches = [_ArraysOnly(content, encoding="latin1").load() for content in contents]
         images = np.concatenate([batch["data"].reshape(-1, 3, 32, 32) for batch in batches])
         return torch.from_numpy(images), torch.tensor([label for batch in batches for label in batch["labels"]])
 
@@ -335,10 +322,8 @@ def _download(data_set: DataSet, directory: Path, missing: list[str]) -> None:
                     os.replace(path, directory / name)
                 return
     wanted = ", ".join(f"{name} (md5 {data_set.md5[name]})" for name in missing)
-    raise UserError(
-        f"{data_set.title} can't be downloaded ({'; '.join(failures)}): get {wanted} elsewhere and put them "
-        f"into {directory}, or use --data-dir to name a directory that has them"
-    )
+    there = f"put them into {directory}, or use --data-dir to name a directory that has them"
+    raise UserError(f"{data_set.title} can't be downloaded ({'; '.join(failures)}): get {wanted} elsewhere and {there}")
 
 
 @dataclass
@@ -381,8 +366,16 @@ class Library:
         return splits
 
     def _splits(self, parts: Sequence[Arrays], classes: int) -> tuple[Split, Split]:
-        train, test = (make_split(*part, classes, self.image_size).to(self.device) for part in parts)
-        return train.hold_out(self.validation) if self.validation else (train, test)
+        splits = []
+        for images, labels in parts:
+            n, _, height, width = images.shape
+            if n == 0 or n != len(labels) or images.dtype != torch.uint8:
+                raise ValueError(f"{n} images of {height}x{width} with {len(labels)} labels")
+            if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+                raise ValueError(f"labels from {labels.min()} to {labels.max()}, expected 0 to {classes - 1}")
+            images = fit(images, self.image_size).contiguous()
+            splits.append(Split(images.to(self.device), labels.long().to(self.device)))
+        return splits[0].hold_out(self.validation) if self.validation else tuple(splits)
 
     def _provide(self, name: str, data_set: DataSet) -> Path:
         """The directory with the files, which are official or accepted by the user; they are downloaded if missing."""
@@ -422,16 +415,6 @@ def _checksums(directory: Path, data_set: DataSet) -> dict[str, str]:
     paths = {name: _find(directory, name) for name in data_set.md5}
     with reading(directory, f"{directory} holds a damaged .gz file"):
         return {name: checksum(path, unpack=path.suffix == ".gz" != name[-3:]) for name, path in paths.items()}
-
-
-def make_split(images: Tensor, labels: Tensor, most_classes: int, size: int) -> Split:
-    """Images (n, channels, height, width) uint8 and labels (n,) from 0 as a split; ValueError says what is wrong."""
-    n, _, height, width = images.shape
-    if n == 0 or n != len(labels) or images.dtype != torch.uint8:
-        raise ValueError(f"{n} images of {height}x{width} with {len(labels)} labels")
-    if not 0 <= int(labels.min()) <= int(labels.max()) < most_classes:
-        raise ValueError(f"labels from {labels.min()} to {labels.max()}, expected 0 to {most_classes - 1}")
-    return Split(fit(images, size).contiguous(), labels.long())
 
 
 # ------------------------------------------------------------------------------------------- the user's own data
@@ -619,18 +602,15 @@ def task_source(text: str) -> str:
     return text
 
 
-# The options of built-in experiments that others do not use.
-OF_EXPERIMENTS = {"mnist_permutation_number": "permutated-", "mnist_permutation_seed": "permutated-"}
-OF_EXPERIMENTS |= {"mnist_split_number": "split-"}
-
-
 def unused(options: Any) -> dict[str, str]:
     """The options without effect beside these tasks, and what takes it from them; a user's experiment may have any."""
     if not options.tasks and options.experiment not in BUILT_IN:
         return {}
     cause = "--tasks" if options.tasks else f"--experiment={options.experiment}"
     used = "" if options.tasks else options.experiment
-    return {key: cause for key, start in OF_EXPERIMENTS.items() if not used.startswith(start)}
+    starts = {"mnist_permutation_number": "permutated-", "mnist_permutation_seed": "permutated-"}
+    starts |= {"mnist_split_number": "split-"}  # others do not use these
+    return {key: cause for key, start in starts.items() if not used.startswith(start)}
 
 
 OWN_TASKS = (
@@ -703,11 +683,6 @@ def mnist_svhn(library: Library, options: ExperimentOptions) -> list[Task]:
     return same_channels([Task("MNIST", *library.load("mnist")), Task("SVHN", *library.load("svhn"))])
 
 
-def svhn_mnist(library: Library, options: ExperimentOptions) -> list[Task]:
-    """SVHN, then MNIST in three equal channels."""
-    return mnist_svhn(library, options)[::-1]
-
-
 @dataclass(frozen=True)
 class Experiment:
     """A sequence of tasks. chain: every scholar starts from scratch and learns from the last one's replay alone."""
@@ -724,7 +699,7 @@ EXPERIMENTS = {
     "split-fashion-mnist": Experiment(partial(split_classes, "fashion-mnist", CLASSES)),
     "split-cifar10": Experiment(partial(split_classes, "cifar10", CLASSES)),
     "mnist-chain": Experiment(mnist_chain, chain=True),
-    "svhn-mnist": Experiment(svhn_mnist),
+    "svhn-mnist": Experiment(lambda *given: mnist_svhn(*given)[::-1]),
     "mnist-svhn": Experiment(mnist_svhn),
 }
 BUILT_IN = tuple(EXPERIMENTS)

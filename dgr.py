@@ -62,7 +62,7 @@ def frozen(network: nn.Module) -> nn.Module:
 
 
 class Generator(nn.Module):
-    """G: draws images from noise, z -> x. Subclasses say how it learns (`update`).
+    """G: draws images from noise, z -> x. Subclasses say how it learns (`learn` from one batch, or `update`).
 
     net: maps noise (n, z_size), standard normal, to images (n, channels, 32, 32) in [0, 1].
     classes: 0, or the number of classes of a conditional generator, which is told the class of each image (Lesort et
@@ -108,9 +108,9 @@ class Generator(nn.Module):
         """Learn for one iteration. Returns losses by name, detached.
 
         inputs: returns a fresh batch (batch_size, channels, 32, 32) each time it is called; if the generator is
-            conditional, pairs with their classes (batch_size,).
+            conditional, pairs with their classes (batch_size,). By default, `learn` gets one such batch.
         """
-        raise NotImplementedError
+        return self.learn(*inputs()) if self.classes else self.learn(inputs())
 
     def remember(self) -> "Generator":
         """A frozen copy that samples and never learns: no critic, no optimiser."""
@@ -229,7 +229,6 @@ class ExactReplay(ReplayMode):
         return x, y if self.targets.kind == "true" else self.targets.answers(self.old_scholar.solver, x)
 
     def inputs(self, n: int) -> Tensor:
-        """n real inputs, task by task."""
         return self._stored(n)[0]
 
     def _stored(self, n: int) -> Pairs:
@@ -271,25 +270,20 @@ class ModelReplay(ReplayMode):
 
     def __init__(self, old_scholar: Scholar, old_tasks: Sequence[Source], targets: Targets):
         super().__init__(old_scholar, old_tasks, targets)
-        self._drawn: dict[
-            str, tuple[Tensor, ...]
-        ] = {}  # not used yet: (x',) for the generator, (x', y') for the solver
+        self._drawn: dict[str, tuple[Tensor, ...]] = {}  # unused: (x',) for the generator, (x', y') for the solver
 
     def draw(self, n: int) -> Tensor:
         """n fresh inputs x', in random order: they are used in the order drawn."""
         raise NotImplementedError
 
     def draw_pairs(self, n: int) -> Pairs:
-        """n fresh pairs (x', y')."""
         x = self.draw(n)
         return x, self.targets.answers(self.old_scholar.solver, x)
 
     def sample(self, n: int) -> Pairs:
-        """The next n replayed pairs (x', y')."""
         return self._next("pairs", n)
 
     def inputs(self, n: int) -> Tensor:
-        """The next n replayed inputs x'."""
         return self._next("inputs", n)[0]
 
     def _next(self, kind: str, n: int) -> tuple[Tensor, ...]:
@@ -397,29 +391,22 @@ class EWC(nn.Module):
 
     def forward(self, solver: Solver) -> Tensor:
         """The penalty, a scalar: 0 before the first task has been learned."""
-        parameters = dict(solver.named_parameters())
-        terms = [
-            (fisher * (parameters[name] - anchor).square()).sum()
-            for anchors in self.anchors
-            for name, (fisher, anchor) in anchors.items()
-        ]
+        kept = [(name, *values) for anchors in self.anchors for name, values in anchors.items()]
+        terms = [(fisher * (solver.get_parameter(name) - anchor).square()).sum() for name, fisher, anchor in kept]
         return self.weight / 2 * sum(terms, torch.zeros_like(self.weight))
 
     def remember(self, solver: Solver, task: Source) -> None:
         """Keep the solver's parameters and their Fisher information on a task just learned."""
         parameters = {name: value for name, value in solver.named_parameters() if value.requires_grad}
         fisher = {name: torch.zeros_like(value) for name, value in parameters.items()}
-        training = solver.training
-        solver.eval()  # one image at a time: its statistics are no batch's
-        for x in task.inputs(self.images).split(1):
-            scores = solver(x)
-            scores = (scores[:, -1] if scores.dim() == 3 else scores).log_softmax(dim=1)  # the task's own head
-            y = torch.multinomial(scores.detach().exp(), 1)
-            gradients = torch.autograd.grad(scores.gather(1, y).sum(), list(parameters.values()), allow_unused=True)
-            for name, gradient in zip(parameters, gradients, strict=True):
-                if gradient is not None:
-                    fisher[name] += gradient.detach().square() / self.images
-        solver.train(training)
+        with evaluating(solver), torch.enable_grad():  # one image at a time: its statistics are no batch's
+            for x in task.inputs(self.images).split(1):
+                scores = solver(x)
+                scores = (scores[:, -1] if scores.dim() == 3 else scores).log_softmax(dim=1)  # the task's own head
+                y = torch.multinomial(scores.detach().exp(), 1)
+                grads = torch.autograd.grad(scores.gather(1, y).sum(), [*parameters.values()], materialize_grads=True)
+                for name, grad in zip(parameters, grads, strict=True):
+                    fisher[name] += grad.square() / self.images
         self.anchors.append({name: (fisher[name], value.detach().clone()) for name, value in parameters.items()})
 
     def get_extra_state(self) -> list[dict[str, Pairs]]:
@@ -432,6 +419,7 @@ class EWC(nn.Module):
 
 # To add a penalty, write a class like this and add a line here.
 PENALTIES: dict[str, Callable[[float], EWC] | None] = {"none": None, "ewc": EWC}
+Penalty = Callable[[Solver], Tensor] | None
 
 
 def importance_of_new_task(setting: float | str, task: int) -> float:
@@ -486,12 +474,7 @@ def loss(scores: Tensor, y: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def solver_loss(
-    solver: Solver,
-    current: Pairs,
-    replayed: Pairs | None,
-    r: float,
-    temperature: float = 1.0,
-    penalty: Callable[[Solver], Tensor] | None = None,
+    solver: Solver, current: Pairs, replayed: Pairs | None, r: float, temperature: float = 1.0, penalty: Penalty = None
 ) -> Tensor:
     """Equation 1: r * E_{D_i}[loss(S_i(x), y)] + (1 - r) * E_{G_{i-1}}[loss(S_i(x'), y')], y' = S_{i-1}(x').
 
@@ -527,7 +510,7 @@ def learn_solver(
     iterations: int,
     batch_size: int,
     temperature: float = 1.0,
-    penalty: Callable[[Solver], Tensor] | None = None,
+    penalty: Penalty = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Train S on the answers of all tasks so far. Yields the loss of each iteration by name."""
     solver.train()

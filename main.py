@@ -56,17 +56,11 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 RECIPES["best"]["mnist-chain"], RECIPES["vae"]["mnist-chain"] = BEST | BEST_CHAIN, VAE | VAE_CHAIN
 
 
-# What stands in the names of runs with these options.
-IN_NAMES = {"heads": "task-heads", "generator_conditional": "conditional", "validation": "validation"}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Actions:
     train: bool = option(False, "train a scholar on tasks", None, exclusive="required", group="action (required)")
     test: bool = option(False, "draw from a trained scholar and measure it (same flags)", None, exclusive="required")
-    on: str | None = option(
-        None, "with --test: measure it on these images", None, parse=data.task_source, metavar="TASK"
-    )
+    on: str | None = option(None, "with --test: measure on these images", None, parse=data.task_source, metavar="TASK")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +80,8 @@ class Options(
         changed = self.changed()
         keys = ("replay_targets", "generator", "solver", "penalty")
         parts += [changed[key].replace(":", ".") for key in keys if key in changed]
-        parts += [words for key, words in IN_NAMES.items() if key in changed]
+        words = {"heads": "task-heads", "generator_conditional": "conditional", "validation": "validation"}
+        parts += [words[key] for key in words if key in changed]
         parts += [f"{self.image_size}px"] if "image_size" in changed else []
         return "-".join(parts + (["continued"] if self.continue_from else []))
 
@@ -298,7 +293,8 @@ def train_scholar(options: Options, tasks: list[data.Task], library: data.Librar
     decide, defaults = [*options.deciding, "recipe"], utils.plain(Options())
     start = paths.read_state(config, decide, defaults) if options.resume else None
     splits = [task.train for task in tasks]
-    classifier = models.load_classifier(splits, options.data_dir) if options.measures_generator else None
+    measured = options.measure_generator and options.trains_generator
+    classifier = models.load_classifier(splits, options.data_dir) if measured else None
     if start is None:
         paths.rename_earlier()
     files = utils.RunFiles(paths.results, config, start and start["files"])
@@ -332,7 +328,7 @@ def train_scholar(options: Options, tasks: list[data.Task], library: data.Librar
                 observers=observers,
                 sample=partial(sample, options),
                 save_scholar=save_scholar,
-                save_state=save_state,
+                keep_state=save_state,
                 classifier=classifier,
                 stop_requested=stop_requested,
                 before=before,
@@ -387,7 +383,9 @@ def run_test(options: Options) -> None:
         test, file = task.test, options.paths.answers(Path(options.on).stem)
         answers = train.scores(scholar.solver, test, models.images_at_once(device)).argmax(dim=1)
         right = (answers == test.labels).double().mean().item()
-        utils.write_csv(file, {"image": range(len(test)), "label": test.labels.tolist(), "answer": answers.tolist()})
+        with utils.atomic_write(file) as table:
+            rows = zip(range(len(test)), test.labels.tolist(), answers.tolist(), strict=True)
+            np.savetxt(table, list(rows), fmt="%d", delimiter=",", header="image,label,answer", comments="")
         print(f"precision on {task.name}: {right:.4f} of {len(test)} test images\nanswers: {file}")
         return
     if not checkpoint["generator_trained"]:

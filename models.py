@@ -36,8 +36,6 @@ DTYPES = (
     "--cuda-graphs), tf32 on other GPUs"
 )
 
-leaky_relu_backward = torch.ops.aten.leaky_relu_backward
-
 SIZES = "height and width of images in all networks, a multiple of 16 from 16 to 128"
 
 
@@ -72,10 +70,7 @@ class ScholarOptions:
     generator_z_size: int = option(100, "size of the noise (wgan, vae)", "networks", low=1)
     generator_c_channel_size: int = option(64, "channels of the critic's first layer (wgan)", "networks", low=1)
     generator_g_channel_size: int = option(
-        64,
-        "channels of the generator's last hidden layer (wgan), or a 16th (vae) or 32nd (flow) of its units",
-        "networks",
-        low=1,
+        64, "channels of the generator's last hidden layer (wgan), or units / 16 (vae), / 32 (flow)", "networks", low=1
     )
     generator_c_updates_per_g_update: int = option(5, "critic updates per generator update (wgan)", low=1)
     generator_steps: int = option(16, "steps from noise to an image (flow)", low=1)
@@ -89,19 +84,13 @@ class ScholarOptions:
         3, "number of stride-2 convolutions, counted from the last one (cnn)", "networks", low=0, high=5
     )
     solver_channel_size: int = option(
-        1024,
-        "channels of the last convolution, halved layer by layer before it (cnn), or units (mlp)",
-        "networks",
-        low=1,
+        1024, "channels of the last convolution, halved layer by layer before it (cnn); units (mlp)", "networks", low=1
     )
     solver_noise: float = option(
         0.0, "standard deviation of noise on its inputs, pixels from 0 to 1, while it learns", low=0, high=10
     )
     heads: str = option(
-        "one",
-        "output layers: one for all classes, or one per task, which then has to be known",
-        "networks",
-        choices=("one", "task"),
+        "one", "output layers: one for all, or one per task, which is then known", "networks", choices=("one", "task")
     )
     lr: float = option(1e-4, "learning rate", low=0, above=True, group="optimiser (Adam, for all networks)")
     beta1: float = option(0.5, "decay rate of the gradient's mean", low=0, high=1, below=True)
@@ -115,7 +104,6 @@ class ScholarOptions:
     generator_classes: int = 0  # with --generator-conditional, the number of classes
 
     def optimiser(self, *networks: nn.Module) -> torch.optim.Adam:
-        """Adam over all parameters of these networks."""
         parameters = [parameter for network in networks for parameter in network.parameters()]
         settings = {"betas": (self.beta1, self.beta2), "weight_decay": self.weight_decay}
         # A graph keeps a number as it was when recorded; a tensor, if it is on the device, can be filled in place.
@@ -136,7 +124,6 @@ NETWORKS = [f.name for f in fields(ScholarOptions) if f.metadata.get("changes") 
 
 
 def step(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
-    """Take one step down the gradient of a loss."""
     optimiser.zero_grad()
     loss.backward()
     optimiser.step()
@@ -166,9 +153,10 @@ class Network(nn.Sequential):
         layers: list[nn.Module] = []
         for layer in copy.deepcopy(self).eval().requires_grad_(False):
             fixed = type(layer) is nn.BatchNorm2d and layer.track_running_stats
-            if fixed and layers and can_be_scaled(layers[-1]):
-                transpose = isinstance(layers[-1], nn.ConvTranspose2d)
-                layers[-1] = fuse_conv_bn_eval(layers[-1], layer, transpose=transpose)
+            before = layers[-1] if layers else None
+            plain = type(before) in CONVOLUTIONS and not (before.transposed and before.groups > 1)
+            if fixed and plain and isinstance(before.weight, nn.Parameter):  # spectral norm's is none
+                layers[-1] = fuse_conv_bn_eval(before, layer, transpose=before.transposed)
             else:
                 layers.append(layer)
         for layer in layers:
@@ -177,12 +165,6 @@ class Network(nn.Sequential):
         network = Network(*layers).eval().requires_grad_(False)
         network.compute_dtype = self.compute_dtype
         return network
-
-
-def can_be_scaled(layer: nn.Module) -> bool:
-    """Whether the layer is a convolution that owns its weight (spectral norm, for one, recomputes it every time)."""
-    plain = type(layer) in CONVOLUTIONS and not (layer.transposed and layer.groups > 1)
-    return plain and "weight" in dict(layer.named_parameters(recurse=False))
 
 
 class WithAdjoint(torch.autograd.Function):
@@ -285,11 +267,8 @@ def three_of_six(x: Tensor, axis: int, pairs: int) -> Tensor:
 
     pairs: which axis, without the new one, is of two then.
     """
-    d0, d1, d2 = x.unfold(axis, 6, 4).movedim(-1, pairs).split(2, pairs)
-    three = x.new_empty(3, *d1.shape)
-    torch.sub(d0, d1, out=three[0])
-    three[1] = d1
-    torch.sub(d2, d1, out=three[2])
+    three = torch.stack(x.unfold(axis, 6, 4).movedim(-1, pairs).split(2, pairs))
+    three[::2] -= three[1]
     return three
 
 
@@ -297,33 +276,25 @@ def six_of_three(three: Tensor, axis: int, pairs: int) -> Tensor:
     """The adjoint of `three_of_six`."""
     shape = list(three.shape[1:])
     del shape[pairs]
-    t, shape[axis] = shape[axis] - 1, 4 * shape[axis] + 2
-    x = three.new_empty(shape)
+    shape[axis] = 4 * shape[axis] + 2
+    x = three.new_zeros(shape)
     d0, d1, d2 = x.unfold(axis, 6, 4).movedim(-1, pairs).split(2, pairs)
     d0.copy_(three[0])
     torch.sub(three[1], three[0], out=d1).sub_(three[2])
-    d2.narrow(axis, 0, t).add_(three[2].narrow(axis, 0, t))  # each of these is the next d0
-    d2.narrow(axis, t, 1).copy_(three[2].narrow(axis, t, 1))
+    d2 += three[2]  # all but the last of these are the next d0
     return x
 
 
 def three_of_two(x: Tensor, axis: int) -> Tensor:
     """g0, g0 + g1, g1 along an axis as a new first one: (..., 2, ...) to (3, ...)."""
     g0, g1 = x.unbind(axis)
-    three = x.new_empty(3, *g0.shape)
-    three[0] = g0
-    torch.add(g0, g1, out=three[1])
-    three[2] = g1
-    return three
+    return torch.stack([g0, g0 + g1, g1])
 
 
 def two_of_three(three: Tensor, axis: int, out: Tensor | None = None) -> Tensor:
     """The adjoint of `three_of_two`."""
-    shape = three.shape[1:]
-    out = three.new_empty(*shape[:axis], 2, *shape[axis:]) if out is None else out
-    for i in range(2):
-        torch.add(three[i], three[i + 1], out=out.select(axis, i))
-    return out
+    out = None if out is None else out.movedim(axis, 0)
+    return torch.add(three[:2], three[1:], out=out).movedim(0, axis)
 
 
 def nine_products(layer: nn.Module, x: Tensor, height: int, width: int, channels: int = 64) -> bool:
@@ -348,10 +319,9 @@ class Convolution(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        n, height, width, channels = shape = self.shape_of_outputs(x)
-        way = self.way(x)
+        way, shape = self.way(x)
         nine = isinstance(way, NineProducts)
-        if x.device.type != "cpu" or not (nine or n * height * width <= channels):
+        if x.device.type != "cpu" or not (nine or math.prod(shape[:3]) <= shape[3]):
             return super().forward(x)
         x = x.permute(0, 2, 3, 1)
         factors = WithAdjoint.apply(x, way.of_images, partial(way.images, shape=x.shape))
@@ -363,16 +333,12 @@ class Convolution(nn.Conv2d):
             y = F.linear(factors[0], weight[0], self.bias).view(shape)
         return y.permute(0, 3, 1, 2)
 
-    def way(self, x: Tensor, channels: int = 64) -> "NineProducts | Patches":
-        """How to turn it into products; channels: see `nine_products`."""
-        plain = Patches(self.kernel_size[0], self.stride[0], self.padding[0])
-        return NineProducts() if nine_products(self, x, *x.shape[2:], channels) else plain
-
-    def shape_of_outputs(self, x: Tensor) -> tuple[int, int, int, int]:
-        """(n, height, width, channels)"""
+    def way(self, x: Tensor, channels: int = 64) -> tuple["NineProducts | Patches", tuple[int, int, int, int]]:
+        """How to turn it into products (channels: see `nine_products`), and (n, height, width, channels) of outputs."""
         (k, _), (stride, _), (padding, _) = self.kernel_size, self.stride, self.padding
         height, width = ((side + 2 * padding - k) // stride + 1 for side in x.shape[2:])
-        return len(x), height, width, self.out_channels
+        nine = nine_products(self, x, *x.shape[2:], channels)
+        return NineProducts() if nine else Patches(k, stride, padding), (len(x), height, width, self.out_channels)
 
 
 class TransposedConvolution(nn.ConvTranspose2d):
@@ -498,7 +464,7 @@ def critic_gradients(
     x = torch.cat([real, fake, epsilon * real + (1 - epsilon) * fake])
     passed = []
     for layer, activation in zip(layers[::2], layers[1::2], strict=True):
-        way, shape = layer.way(x, channels=16), layer.shape_of_outputs(x)  # one way or the other, so from fewer on
+        way, shape = layer.way(x, channels=16)  # one way or the other, so from fewer on
         seen, weight = way.of_images(x.permute(0, 2, 3, 1)), way.of_weight(layer.weight)
         outputs = F.leaky_relu_(way.outputs(seen @ weight.mT, shape).add_(layer.bias), activation.negative_slope)
         passed.append((way, layer.weight.shape, seen, weight, outputs, activation.negative_slope))
@@ -510,13 +476,13 @@ def critic_gradients(
 
     gradient, back = (of_score @ last.weight).view(x.shape).permute(0, 2, 3, 1), []
     for number, (way, _, _, weight, outputs, slope) in reversed(list(enumerate(passed))):
-        gradient = leaky_relu_backward(gradient, outputs, slope, True)
+        gradient = torch.ops.aten.leaky_relu_backward(gradient, outputs, slope, True)
         factors = way.of_outputs(gradient)
         back.insert(0, (factors, gradient[: 2 * n].sum((0, 1, 2))))
         if number:
             before = passed[number - 1][4].shape
         else:  # beyond the first layer, only x^ counts
-            factors, before = third(factors), real.permute(0, 2, 3, 1).shape
+            factors, before = factors.chunk(3, dim=1)[2], real.permute(0, 2, 3, 1).shape
         gradient = way.images(factors @ weight, before)
     norm = gradient.flatten(1).norm(dim=1)
     t = gradient * (2 / n * penalty_weight * (norm - 1) / norm.clamp(min=1e-12))[:, None, None, None]
@@ -524,19 +490,14 @@ def critic_gradients(
     gradients = []
     for (way, shape, seen, weight, outputs, slope), (factors, of_bias) in zip(passed, back, strict=True):
         seen_of_t = way.of_images(t)
-        third(seen).copy_(seen_of_t)
+        seen.chunk(3, dim=1)[2].copy_(seen_of_t)
         t = way.outputs(seen_of_t @ weight.mT, (n, *outputs.shape[1:]))
-        t = leaky_relu_backward(t, outputs[2 * n :], slope, True)
+        t = torch.ops.aten.leaky_relu_backward(t, outputs[2 * n :], slope, True)
         gradients += [way.weight(factors.mT @ seen, shape), of_bias]
     features[2 * n :] = t.permute(0, 3, 1, 2).flatten(1)
     gradients += [of_score.mT @ features, of_score[: 2 * n].sum(0)]
     distance = scores[0] - scores[1]
     return penalty_weight * (norm - 1).square().mean() - distance, distance, gradients
-
-
-def third(factors: Tensor) -> Tensor:
-    """Those of the last third of the images."""
-    return factors[:, -(factors.shape[1] // 3) :]
 
 
 class WGAN(dgr.Generator):
@@ -631,9 +592,6 @@ class VAE(dgr.Generator):
         self.encoder = Network(nn.Flatten(), *linear_layers(pixels + classes, width, 2 * z_size))
         self.optimiser = options.optimiser(self.net, self.encoder)
 
-    def update(self, inputs: Callable[[], Any]) -> dict[str, Tensor]:
-        return self.learn(*inputs()) if self.classes else self.learn(inputs())
-
     def learn(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         """One step down the negative evidence lower bound of x (n, channels, 32, 32) in nats per image.
 
@@ -642,9 +600,8 @@ class VAE(dgr.Generator):
         if y is not None:
             self.seen[y] = 1
         mean, log_variance = self.encoder(x if y is None else self.with_classes(x.flatten(1), y)).chunk(2, dim=1)
-        noise = self.noise(len(x), y)
-        z = mean + (log_variance / 2).exp() * noise[:, : self.z_size]
-        z = torch.cat([z, noise[:, self.z_size :]], dim=1) if self.classes else z
+        z = mean + (log_variance / 2).exp() * torch.randn_like(mean)
+        z = z if y is None else self.with_classes(z, y)
         # Noise replay's x may lie outside [0, 1]; diverged weights give NaN, which the task loop reports.
         p = self.net(z).nan_to_num(0.5)
         reconstruction = F.binary_cross_entropy(p, x.clamp(0, 1), reduction="sum") / len(x)
@@ -670,9 +627,6 @@ class Flow(dgr.Generator):
         net = Trajectory(shape, width, classes, options.generator_steps)
         super().__init__(net, math.prod(shape), classes)
         self.optimiser = options.optimiser(self.net)
-
-    def update(self, inputs: Callable[[], Any]) -> dict[str, Tensor]:
-        return self.learn(*inputs()) if self.classes else self.learn(inputs())
 
     def learn(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         """One step down the cross-entropy of the estimates of x (n, channels, 32, 32), of classes y (n,), per pixel.
@@ -734,9 +688,6 @@ class Residual(nn.Sequential):
 GENERATORS: dict[str, Callable[[int, ScholarOptions], dgr.Generator]] = {"wgan": WGAN, "vae": VAE, "flow": Flow}
 
 
-Loss = Callable[[dgr.Pairs, dgr.Pairs | None], Tensor]  # of current and replayed pairs
-
-
 class Classifier(dgr.Solver):
     """A network that learns its answers with Adam. The last layer of a net is linear; it becomes one per head.
 
@@ -758,10 +709,10 @@ class Classifier(dgr.Solver):
             if isinstance(layer, Heads):
                 layer.begin_task(task, replays=replays)
 
-    def update(self, loss: Loss, current: dgr.Pairs, replayed: dgr.Pairs | None) -> dict[str, Tensor]:
+    def update(self, loss: Callable[..., Tensor], current: dgr.Pairs, replayed: dgr.Pairs | None) -> dict[str, Tensor]:
         return self.learn(loss, *current, *(replayed or ()))
 
-    def learn(self, loss: Loss, x: Tensor, y: Tensor, *replayed: Tensor) -> dict[str, Tensor]:
+    def learn(self, loss: Callable[..., Tensor], x: Tensor, y: Tensor, *replayed: Tensor) -> dict[str, Tensor]:
         """One step down the gradient of loss((x, y), replayed); replayed is (x', y') or nothing (see `dgr.Pairs`)."""
         value = loss((self.noisy(x), y), (self.noisy(replayed[0]), replayed[1]) if replayed else None)
         step(self.optimiser, value)
@@ -806,12 +757,7 @@ SOLVERS: dict[str, Callable[[int, int, ScholarOptions], dgr.Solver]] = {"cnn": C
 
 
 def make_scholar(
-    image_channels: int,
-    classes: int,
-    options: ScholarOptions,
-    *,
-    tasks: int = 1,
-    compute_dtype: torch.dtype | None = None,
+    image_channels: int, classes: int, options: ScholarOptions, tasks: int = 1, compute_dtype: torch.dtype | None = None
 ) -> dgr.Scholar:
     """A scholar that has learned nothing yet, on the CPU; tasks: for --heads=task; compute_dtype: see `Network`."""
     counts = {"number_of_heads": tasks} if options.heads == "task" else {}
@@ -861,6 +807,8 @@ def check_networks(parser: argparse.ArgumentParser, options: argparse.Namespace)
 def load_scholar(path: Path, options: ScholarOptions) -> tuple[dict[str, Any], dgr.Scholar]:
     """A checkpoint and its scholar, on the device. Raises UserError if the scholar does not fit the options."""
     checkpoint = utils.load_checkpoint(path)
+    if "scholar" not in checkpoint:
+        raise UserError(f"{path} is the state of an unfinished run, no scholar: finish the run first, with --resume")
     networks = [key for key in NETWORKS if key not in unused(options)]
     trained = utils.plain(ScholarOptions()) | checkpoint["options"]
     if changes := utils.differences(trained, vars(options), networks):
@@ -1073,12 +1021,10 @@ CLASSIFIER_VERSION = 1  # of network and recipe: with another number, kept class
 def classifier_network(image_channels: int, size: int, classes: int) -> Network:
     """From images (n, image_channels, size, size) to class scores; its last layer sees 128 features of each."""
     layers: list[nn.Module] = []
-    channels = image_channels
-    for width in (16, 32, 64):
+    for channels, width in ((image_channels, 16), (16, 32), (32, 64)):
         convolution = Convolution(channels, width, 4, stride=2, padding=1, bias=False)
         layers += [convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-        channels = width
-    features = nn.Linear(channels * (size // 8) ** 2, 128)
+    features = nn.Linear(64 * (size // 8) ** 2, 128)
     return Network(*layers, nn.Flatten(), features, nn.ReLU(inplace=True), nn.Linear(128, classes))
 
 

@@ -9,7 +9,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,9 +54,7 @@ class TrainingOptions:
     )
     replay_targets: str | None = option(None, TARGETS, choices=("true", "hard", "soft", "own"))
     temperature: float | None = option(None, "softmax temperature of soft targets (default: 2)", low=0.01, high=1000)
-    replay_pool: int = option(
-        0, "inputs drawn once per task and replayed again and again; 0: each is used once (models)", low=0
-    )
+    replay_pool: int = option(0, "inputs drawn once per task, to use again and again; 0: to use once (models)", low=0)
     importance_of_new_task: float | str = option(
         0.3, "r of equation 1, or auto: 1/i at task i (always so in joint)", parse=importance, metavar="R"
     )
@@ -65,9 +63,7 @@ class TrainingOptions:
     generator_iterations: int = option(3000, "generator updates per task", low=1, group="training")
     solver_iterations: int = option(1000, "solver updates per task", low=1)
     batch_size: int = option(32, "images per batch; the solver gets as many replayed ones on top", low=1)
-    lr_schedule: str = option(
-        "constant", "linear: from --lr down to 0, for each task and network", choices=("constant", "linear")
-    )
+    lr_schedule: str = option("constant", "linear: from --lr to 0 in each phase", choices=("constant", "linear"))
     test_size: int = option(
         1024, "test images per task for the curves; the summary uses all", None, low=1, group="measuring and saving"
     )
@@ -98,10 +94,6 @@ class TrainingOptions:
         mode = dgr.REPLAY_MODES[self.replay_mode]
         return self.sample_log or (mode is not None and mode.needs_generator)
 
-    @property
-    def measures_generator(self) -> bool:
-        return self.measure_generator and self.trains_generator
-
 
 def unused(options: TrainingOptions) -> dict[str, str]:
     """The options without effect beside this penalty and replay mode, and what takes it from them."""
@@ -116,13 +108,10 @@ def unused(options: TrainingOptions) -> dict[str, str]:
 
 def scores(solver: dgr.Solver, split: Split, images_at_once: int, *, head: int = -1) -> Tensor:
     """The class scores (n, classes) that the solver gives a split's images; head: from 0, if there are several."""
-    given = []
+    parts = (slice(start, start + images_at_once) for start in range(0, len(split), images_at_once))
     with dgr.evaluating(solver):
-        for start in range(0, len(split), images_at_once):
-            x, _ = split.batch(slice(start, start + images_at_once))
-            part = solver(x)
-            given.append(part[:, head] if part.dim() == 3 else part)
-    return torch.cat(given)
+        given = torch.cat([solver(split.batch(part)[0]) for part in parts])
+    return given[:, head] if given.dim() == 3 else given
 
 
 def share_right(scores: Tensor, labels: Tensor, classes: Tensor | None = None) -> float:
@@ -189,53 +178,35 @@ def forward_transfer(before: Sequence[float | None], untrained: Sequence[float |
     return sum(gains) / len(gains) if gains else None
 
 
-MEASURED = ("matrix", "task_incremental", "ahead", "generator_measures")  # what a training has measured, by attribute
-
-
+@dataclass(eq=False)
 class Training:
-    """A scholar, or a chain of them, on its way through the tasks.
+    """A scholar, or a chain of them, on its way through the tasks."""
 
-    images_at_once: how many images to test or replay together.
-    sample: draws images that show what the generator knows, without touching training's random stream.
-    save_scholar: saves the scholar after a task.
-    save_state: called after each phase and at the checkpoint interval, when `state_dict` is worth saving.
-    classifier: measures the generator after each task, if it is given (see `measure_generator`).
-    stop_requested: the number of the signal that wants training to stop, or 0; training then saves its state and raises
-        `UserError`.
-    before: what the new scholar, which starts from the same weights, continues from.
-    """
+    new_scholar: Callable[[], dgr.Scholar]
+    tasks: Sequence[Task]
+    options: TrainingOptions
+    _: KW_ONLY
+    observers: Sequence[Observer]
+    sample: Callable[[dgr.Scholar], Tensor]  # shows what the generator knows, by random numbers of its own
+    save_scholar: Callable[[dgr.Scholar], None]  # called after each task
+    keep_state: Callable[[], None] = lambda: None  # called when `state_dict` is worth saving: see `save_state`
+    images_at_once: int = 64  # to test or replay together
+    classifier: nn.Sequential | None = None  # measures the generator after each task (see `measure_generator`)
+    stop_requested: Callable[[], int] = lambda: 0  # the number of the signal that wants training to stop, or 0
+    before: Before | None = None  # what the new scholar, which starts from the same weights, continues from
 
-    def __init__(
-        self,
-        new_scholar: Callable[[], dgr.Scholar],
-        tasks: Sequence[Task],
-        options: TrainingOptions,
-        *,
-        images_at_once: int = 64,
-        observers: Sequence[Observer],
-        sample: Callable[[dgr.Scholar], Tensor],
-        save_scholar: Callable[[dgr.Scholar], None],
-        save_state: Callable[[], None] = lambda: None,
-        classifier: nn.Sequential | None = None,
-        stop_requested: Callable[[], int] = lambda: 0,
-        before: Before | None = None,
-    ):
-        self.new_scholar, self.tasks, self.options = new_scholar, tasks, options
-        self.images_at_once = images_at_once
-        self.observers, self.sample = observers, sample
-        self.save_scholar, self._save_state, self.stop_requested = save_scholar, save_state, stop_requested
-        self.classifier = classifier
-        self.scholar = new_scholar()
+    def __post_init__(self) -> None:
+        self.scholar = self.new_scholar()
         self.replay: dgr.ReplayMode | None = None
-        self.before = before
-        self.first = self.task = 1 + (before.given if before else 0)
+        self.first = self.task = 1 + (self.before.given if self.before else 0)
         self.done = {"generator": 0, "solver": 0}  # iterations of this task
+        self._looks_ahead = not self.options.chain and self.options.heads == "one"  # tests what is not learned yet
         self.matrix: Matrix = []
         self.task_incremental: Matrix = []  # the same, with each task's own classes as the only answers
-        self.ahead: dict[str, list[float | None]] = {"before": [None], "untrained": [None] * len(tasks)}  # for transfer
+        self.ahead: dict[str, list[float | None]] = {"before": [None], "untrained": [None] * len(self.tasks)}
         self.generator_measures: list[Measures | None] = []  # measures of the generator after each task
-        penalty = dgr.PENALTIES[options.penalty]
-        self.penalty = penalty and penalty(options.penalty_weight).to(next(self.scholar.parameters()).device)
+        penalty = dgr.PENALTIES[self.options.penalty]
+        self.penalty = penalty and penalty(self.options.penalty_weight).to(next(self.scholar.parameters()).device)
 
     def measures(self) -> dict[str, Any]:
         """The measures of the run by their names in summary.json, from whole test sets (docs/running.md)."""
@@ -262,18 +233,13 @@ class Training:
         if self.task == 1 and not any(self.done.values()) and self._looks_ahead and not self.before:
             tests = {number: task.test for number, task in enumerate(self.tasks, start=1)}
             self.ahead["untrained"] = list(self._precisions(tests)[0].values())
-        self._save_state()
+        self.keep_state()
         self._last_saved = time.monotonic()
         while self.task <= len(self.tasks):
             self._learn_task()
             self.replay, self.done, self.task = None, dict.fromkeys(self.done, 0), self.task + 1
             self.save_state()
         return self.measures()
-
-    @property
-    def _looks_ahead(self) -> bool:
-        """Whether tasks that are not learned yet can be tested."""
-        return not self.options.chain and self.options.heads == "one"
 
     def _learn_task(self) -> None:
         options = self.options
@@ -291,19 +257,13 @@ class Training:
         settings: dict[str, Any] = {"r": r, "batch_size": options.batch_size}
 
         if options.trains_generator:
-            iterations = options.generator_iterations
-            left = iterations - self.done["generator"]
-            learning = dgr.learn_generator(self.scholar.generator, current, replay, iterations=left, **settings)
-            for iteration in self._watched("generator", learning, iterations):
-                self._show_samples(iteration, iterations)
+            for iteration in self._watched("generator", dgr.learn_generator, current, replay, **settings):
+                self._show_samples(iteration, options.generator_iterations)
 
-        iterations = options.solver_iterations
         settings |= {"temperature": options.temperature, "penalty": self.penalty if self.task > 1 else None}
-        left = iterations - self.done["solver"]
-        learning = dgr.learn_solver(self.scholar.solver, current, replay, iterations=left, **settings)
         subsets = {number: test.subset(options.test_size) for number, test in self._tests(self.task).items()}
-        for iteration in self._watched("solver", learning, iterations):
-            if at_interval(iteration, options.eval_log_interval, iterations):
+        for iteration in self._watched("solver", dgr.learn_solver, current, replay, **settings):
+            if at_interval(iteration, options.eval_log_interval, options.solver_iterations):
                 self._report("solver", iteration, self._precisions(subsets)[0])
 
         self._measure(self.task)
@@ -360,8 +320,7 @@ class Training:
                 except (MemoryError, RuntimeError) as error:
                     if self.images_at_once == 1 or not out_of_memory(error):
                         raise
-                if name not in values:  # outside the handler, which keeps the block's memory
-                    self.images_at_once //= 2
+                    self.images_at_once //= 2  # tried outside this handler, which keeps the block's memory
         return values, task_known
 
     def _measure_generator(self) -> Measures:
@@ -371,15 +330,17 @@ class Training:
         self._report("test", self.options.solver_iterations, scalars)
         return measures
 
-    def _watched(self, phase: str, learning: Iterator[dict[str, Tensor]], iterations: int) -> Iterator[int]:
+    def _watched(self, phase: str, learn: Callable[..., Any], *sources: Any, **settings: Any) -> Iterator[int]:
         """Learn, and yield the number of each iteration done. Losses leave the device only when they are reported."""
-        if self.done[phase] == iterations:
+        iterations, done = getattr(self.options, f"{phase}_iterations"), self.done[phase]
+        if done == iterations:
             return
         for observer in self.observers:
-            observer.begin(phase, self.task, iterations, self.done[phase])
+            observer.begin(phase, self.task, iterations, done)
         network, schedule = getattr(self.scholar, phase), self.options.lr_schedule
-        set_learning_rates(network, schedule, self.done[phase] / iterations)
-        for iteration, losses in enumerate(learning, start=self.done[phase] + 1):
+        set_learning_rates(network, schedule, done / iterations)
+        learning = learn(network, *sources, iterations=iterations - done, **settings)
+        for iteration, losses in enumerate(learning, start=done + 1):
             set_learning_rates(network, schedule, iteration / iterations)
             for observer in self.observers:
                 observer.step(iteration)
@@ -401,7 +362,6 @@ class Training:
             observer.end(phase, self.task)
 
     def _show_samples(self, iteration: int, iterations: int) -> None:
-        """Draw samples if an observer wants them now."""
         watching = [o for o in self.observers if at_interval(iteration, o.image_interval, iterations)]
         if watching:
             images = self.sample(self.scholar)
@@ -413,10 +373,9 @@ class Training:
         """Refuse a generator whose images are not in [0, 1], where those of the data are."""
         low, high = images.min().item(), images.max().item()
         if low < 0 or high > 1:
-            raise UserError(
-                f"--generator: {type(self.scholar.generator).__name__} draws values from {low:.3g} to {high:.3g}, and "
-                "images are in [0, 1]: end its network with models.Sigmoid() (or, after a Tanh, compute (x + 1) / 2)"
-            )
+            drawn = f"{type(self.scholar.generator).__name__} draws values from {low:.3g} to {high:.3g}"
+            end = "end its network with models.Sigmoid() (or, after a Tanh, compute (x + 1) / 2)"
+            raise UserError(f"--generator: {drawn}, and images are in [0, 1]: {end}")
 
     def _report(self, phase: str, iteration: int, values: dict[str, float]) -> None:
         for observer in self.observers:
@@ -438,16 +397,17 @@ class Training:
         sound += [~value.isnan().any() for value in part.buffers()]  # a mask, for one, may be infinite
         if not all(sound):
             raise self._diverged(phase, self.done[phase])
-        self._save_state()
+        self.keep_state()
         self._last_saved = time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the rest of training depends on, as tensors and plain values."""
+        measured = ("matrix", "task_incremental", "ahead", "generator_measures")
         device = next(self.scholar.parameters()).device
         return {
             "task": self.task,
             "done": dict(self.done),
-            "measured": {key: getattr(self, key) for key in MEASURED},
+            "measured": {key: getattr(self, key) for key in measured},
             "penalty": None if self.penalty is None else self.penalty.state_dict(),
             "scholar": self.scholar.state_dict(),
             "optimisers": {name: optimiser.state_dict() for name, optimiser in optimisers(self.scholar).items()},
@@ -474,21 +434,15 @@ class Training:
             torch.get_device_module(device).set_rng_state(state["random_of_gpu"], device)
 
 
-def continue_from(
-    scholar: dgr.Scholar, checkpoint: dict[str, Any], tasks: Sequence[Task], options: TrainingOptions
-) -> Before:
+def continue_from(scholar: dgr.Scholar, kept: dict[str, Any], tasks: list[Task], options: TrainingOptions) -> Before:
     """What a run of these tasks needs of a kept scholar; UserError if it can't continue from it."""
-    mode, learned = dgr.REPLAY_MODES[options.replay_mode], checkpoint.get("learned")
-    if learned is None:
-        raise UserError("--continue-from: this scholar does not say what it has learned: train it again")
+    mode, learned = dgr.REPLAY_MODES[options.replay_mode], kept["learned"]
     given = len(learned) if learned == [task.train.checksum for task in tasks[: len(learned)]] else 0
     if given == len(tasks):
         raise UserError("--continue-from: this scholar has learned all of these tasks: name further ones after them")
     if mode is not None and not (mode.needs_generator or given):
-        raise UserError(
-            f"--continue-from: {options.replay_mode} needs the old tasks too: name them before the new ones"
-        )
-    if mode is not None and mode.needs_generator and not checkpoint["generator_trained"]:
+        raise UserError(f"--continue-from: {options.replay_mode} needs the old tasks too: name them before new ones")
+    if mode is not None and mode.needs_generator and not kept["generator_trained"]:
         raise UserError("--continue-from: this scholar's generator was never trained: use another, or --sample-log")
     print(f"tasks that the scholar has learned: {len(learned)}; the next one is {tasks[given].name}")
     return Before(scholar, [] if given else learned, given)
@@ -504,13 +458,9 @@ def set_learning_rates(network: nn.Module, schedule: str, done: float) -> None:
     if schedule == "linear":
         for optimiser in optimisers(network).values():
             for group in getattr(optimiser, "param_groups", ()):
-                if "initial_lr" not in group:  # to read it from a GPU is to wait
-                    group["initial_lr"] = float(group["lr"])
-                rate = group["initial_lr"] * (1 - done)
-                if isinstance(group["lr"], Tensor):  # which a CUDA graph reads
-                    group["lr"].fill_(rate)
-                else:
-                    group["lr"] = rate
+                group["initial_lr"] = group.get("initial_lr") or float(group["lr"])  # to read it from a GPU is to wait
+                rate = group["initial_lr"] * (1 - done)  # a CUDA graph reads its tensor, which stays the same one
+                group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
 
 
 def optimisers(scholar: dgr.Scholar) -> dict[str, Any]:
@@ -528,7 +478,7 @@ def optimisers(scholar: dgr.Scholar) -> dict[str, Any]:
 
 def learned_tasks(checkpoint: dict[str, Any], tasks: Sequence[Task]) -> list[Task]:
     """The tasks that a kept scholar has learned; raises UserError if it has learned from other data, too."""
-    learned = set(checkpoint.get("learned", [None]))
+    learned = set(checkpoint["learned"])
     if learned - {task.train.checksum for task in tasks}:
         raise UserError("the scholar has learned from other data than those of these flags")
     return [task for task in tasks if task.train.checksum in learned]

@@ -84,7 +84,6 @@ def number(
 
 
 def add_options(parser: argparse.ArgumentParser, options: type) -> None:
-    """Add the options that a dataclass declares."""
     group, exclusive = parser, {}
     for f in fields(options):
         settings, default = dict(f.metadata), default_of(f)
@@ -139,9 +138,7 @@ class FileOptions:
     result_dir: Path = option(Path("./results"), "results go to DIR/NAME/", None)
     checkpoint_dir: Path = option(Path("./checkpoints"), "trained scholars go to DIR/NAME", None)
     keep_scholars: bool = option(False, "keep each task's scholar too, in DIR/after-task-N/NAME", None)
-    continue_from: Path | None = option(
-        None, "learn further tasks from the scholar in FILE", None, parse=to_path, metavar="FILE"
-    )
+    continue_from: Path | None = option(None, "go on from the scholar in FILE", None, parse=to_path, metavar="FILE")
     sample_dir: Path = option(Path("./samples"), "sample grids go to DIR/NAME-sample.jpg", None)
 
 
@@ -166,10 +163,6 @@ class UserError(Exception):
         self.status = status
 
 
-# How PyTorch says so, on CPUs and GPUs; only some of its exceptions say it by their type.
-OUT_OF_MEMORY = re.compile("out of memory|allocate|alloc_failed|size calculation overflow", re.IGNORECASE)
-
-
 def run_program(main: Callable[[], None]) -> None:
     """Run a script's main function; what the user can put right ends as one line on standard error, exit status 1."""
     devnull = Path(os.devnull).open("w")  # noqa: SIM115
@@ -187,11 +180,14 @@ def run_program(main: Callable[[], None]) -> None:
             raise
         smaller = "--batch-size, --solver-channel-size or --generator-c-channel-size and --generator-g-channel-size"
         fail(f"error: out of memory: try a smaller {smaller}, or --dtype=bfloat16")
-    except BrokenPipeError:  # the reader has had enough, as `head` has
-        discard_output()
-        sys.exit(1)
     except OSError as error:  # a full disk, a directory that has gone
-        discard_output()
+        try:  # Python would try to print again, as it exits, what can't be printed
+            getattr(sys.stdout, "flush", bool)()
+        except OSError:
+            with contextlib.suppress(OSError, AttributeError):  # what stands in its place may have no file
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # the reader has had enough, as `head` has
+            sys.exit(1)
         fail(f"error: {error.filename or 'files'}: {reason(error)}")
     except KeyboardInterrupt:
         fail("stopped", 128 + signal.SIGINT)
@@ -203,17 +199,9 @@ def causes(error: BaseException | None) -> list[BaseException]:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory is short, by this error or one behind it."""
-    return any(isinstance(cause, MemoryError) or OUT_OF_MEMORY.search(str(cause)) for cause in causes(error))
-
-
-def discard_output() -> None:
-    """Drop output that can't be printed, which Python would try to print again as it exits."""
-    try:
-        getattr(sys.stdout, "flush", bool)()
-    except OSError:
-        with contextlib.suppress(OSError, AttributeError):  # what stands in its place may have no file
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Whether memory is short, by this error or one behind it; only some of PyTorch's say so by their type."""
+    words = "out of memory|allocate|alloc_failed|size calculation overflow"
+    return any(isinstance(cause, MemoryError) or re.search(words, str(cause), re.I) for cause in causes(error))
 
 
 def fail(message: str, status: int = 1) -> NoReturn:
@@ -245,12 +233,10 @@ def reading(path: Path, wrong: str) -> Iterator[None]:
     """Turn what goes wrong while a file is read into a UserError, with `wrong` if its content is at fault."""
     try:
         yield
-    except (MemoryError, UserError):
-        raise
     except OSError as error:
         raise UserError(f"{error.filename or path}: {reason(error)}") from error
     except Exception as error:  # readers fail in many ways on a file that is not what it claims
-        if isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)):
+        if isinstance(error, UserError) or out_of_memory(error):
             raise
         raise UserError(f"{wrong}: {reason(error)[:400]}") from error
 
@@ -293,37 +279,24 @@ def stop_requests() -> Iterator[Callable[[], int]]:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Name this file in an OSError that names none, as that of a failed write does not."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-
-
-@contextlib.contextmanager
 def atomic_write(path: Path, mode: str = "w", keep_as: Path | None = None) -> Iterator[IO[Any]]:
     """Open a file that appears at `path` whole or not at all; the old one stays until then, or moves to keep_as."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     try:
-        with naming(path), temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+        with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         if keep_as is not None and path.exists():
             os.replace(path, keep_as)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError):  # that of a failed write names no file
+            error.filename = error.filename or str(path)
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-
-
-def write_csv(path: Path, columns: dict[str, Iterable[Any]]) -> None:
-    with atomic_write(path) as file:
-        csv.writer(file, lineterminator="\n").writerows([columns, *zip(*columns.values(), strict=True)])
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -354,17 +327,6 @@ def not_writable(directory: Path) -> str | None:
         return f"{str(existing)[:200]} is not writable ({reason(error)})"
 
 
-def rename_earlier(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
-    """Give all existing paths one suffix: ~1, ~2, ... (the highest is the newest). Returns old and new names."""
-    beside = [(path, other.name) for path in paths if path.parent.is_dir() for other in path.parent.iterdir()]
-    taken = (re.fullmatch(rf"{re.escape(path.name)}~(\d+)", name) for path, name in beside)
-    number = 1 + max((int(found[1]) for found in taken if found), default=0)
-    moves = [(path, path.with_name(f"{path.name}~{number}")) for path in paths if path.exists()]
-    for path, new in sorted(moves, key=lambda move: len(move[0].parts), reverse=True):  # what is inside goes first
-        path.rename(new)
-    return moves
-
-
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold a lock file beside a path; the operating system frees it, whatever becomes of this process."""
@@ -374,9 +336,8 @@ def locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(
-                f"another run of this name is under way ({path} is locked): wait for it, or use other directories"
-            ) from error
+            wait = "wait for it, or use other directories"
+            raise UserError(f"another run of this name is under way ({path} is locked): {wait}") from error
         except OSError as error:  # a file system without locks
             warn(f"{path} can't be locked ({reason(error)}): start no other run of this name before this one ends")
         yield
@@ -455,7 +416,6 @@ class RunPaths:
 
     @property
     def resumable(self) -> bool:
-        """Whether there is a state to continue from."""
         return self.state.exists() or previous(self.state).exists()
 
     @property
@@ -487,13 +447,19 @@ class RunPaths:
             return self.last_state()[1]["files"]["config"] if self.resumable else None
 
     def rename_earlier(self, *these: Path) -> None:
-        """Rename the files of an earlier run of this name, or these of them, and say so."""
+        """Give the files of an earlier run, or these of them, one suffix, and say so: ~1, ~2, ... (the newest)."""
         # States first: without them, nothing takes the rest for an unfinished run.
         everything = [self.state, previous(self.state), self.results, self.scholar, self.sample_log, self.drawn]
         everything += [kept / self.scholar.name for kept in self.scholar.parent.glob("after-task-*")]
         everything += self.drawn.parent.glob(self.answers("*").name)
-        for path, new in rename_earlier(these or everything):
-            print(f"{path} of an earlier run is kept as {new}")
+        paths = these or everything
+        beside = [(path, other.name) for path in paths if path.parent.is_dir() for other in path.parent.iterdir()]
+        taken = (re.fullmatch(rf"{re.escape(path.name)}~(\d+)", name) for path, name in beside)
+        number = 1 + max((int(found[1]) for found in taken if found), default=0)
+        for path in sorted(paths, key=lambda path: len(path.parts), reverse=True):  # what is inside goes first
+            if path.exists():
+                new = path.rename(path.with_name(f"{path.name}~{number}"))
+                print(f"{path} of an earlier run is kept as {new}")
 
     def last_state(self) -> tuple[Path, dict[str, Any]]:
         """The last good state and its file; if the newest is damaged, warn and use the one before it."""
@@ -505,19 +471,17 @@ class RunPaths:
                     warn(str(error))
         raise UserError(f"{self.state}: no good state is left; leave out --resume to start again")
 
-    def read_state(
-        self, config: dict[str, Any], deciding: Sequence[str], defaults: dict[str, Any]
-    ) -> dict[str, Any] | None:
+    def read_state(self, config: dict[str, Any], keys: list[str], defaults: dict[str, Any]) -> dict[str, Any] | None:
         """The last good state of an unfinished run, or None; raises UserError if its options or data differ.
 
-        config: the run's. deciding: the options that have to be the same. defaults: of options that an earlier version
+        config: the run's. keys: the options that have to be the same. defaults: of options that an earlier version
         did not have. Results in the run's directory that belong to another run are renamed.
         """
         if not self.resumable:
             return None
         file, state = self.last_state()
         begun = state["files"]["config"]
-        if changes := differences(defaults | begun["options"], config["options"], deciding):
+        if changes := differences(defaults | begun["options"], config["options"], keys):
             raise UserError(f"{file} belongs to a run with {changes}: use the same flags, or leave out --resume")
         if data_of(begun) != data_of(config):
             raise UserError(f"{file} belongs to a run on other data files: use the same ones, or leave out --resume")
@@ -698,9 +662,19 @@ class Run:
             self.options = config["options"]
             self.name, self.seed, self.recipe, self.flags = (config[key] for key in ("name", "seed", "recipe", "flags"))
             self.experiment, self.replay_mode = config["experiment"], config["replay_mode"]
-            titles = {name.replace("-", ""): title for name, title in self.unofficial.items()}
+            names = {file.split("/")[0] for file in config["data"]["unverified"]}
+            # What to call data sets whose files were not the official ones.
+            unofficial = {name: config["data"].get(name, f"unofficial {name.upper()}") for name in sorted(names)}
+            titles = {name.replace("-", ""): title for name, title in unofficial.items()}
             tasks = [titles.get(task.lower().replace("-", ""), task) for task in config["tasks"]]
             self.tasks = [task.encode(errors="replace").decode() for task in tasks]  # file names may not be UTF-8
+            self.task_titles = [f"task {number}: {title}" for number, title in enumerate(self.tasks, start=1)]
+            self.held_out = any(flag.startswith("--validation=") for flag in self.flags)  # no test images were used
+            places = [(title, name.upper()) for name, title in unofficial.items()]
+            places += [("held-out training images", "test images")] if self.held_out else []
+            self.data_note = ", ".join(f"{one} in place of {other}" for one, other in places)  # for figures and tables
+            # What runs of different seeds must share to be averaged.
+            self.setting = self.experiment, self.replay_mode, self.recipe, tuple(self.flags), str(data_of(config))
             self.lengths = {p: int(self.options.get(f"{p}_iterations", 1)) for p in ("generator", "solver")}
             hash((self.setting, " ".join(self.flags)))  # which read the rest of config.json
             for key in SUMMARY_KEYS if summary is not None else ():
@@ -721,7 +695,6 @@ class Run:
 
     @classmethod
     def read(cls, directory: Path) -> "Run":
-        """The run whose result directory this is."""
         with reading(directory, f"{directory}: not the files of a run"):
             config, summary = json.loads((directory / "config.json").read_bytes()), directory / "summary.json"
             outcome = json.loads(summary.read_bytes()) if summary.exists() else None
@@ -729,33 +702,6 @@ class Run:
             metrics = metrics if outcome else metrics[: metrics.rfind("\n") + 1]  # a line may be under way
             rows = csv.DictReader(io.StringIO(metrics), delimiter=";" if ";" in metrics[:30] else ",")
             return cls(directory, config, outcome, list(rows))
-
-    @property
-    def setting(self) -> tuple[Any, ...]:
-        """What runs of different seeds must share to be averaged."""
-        return self.experiment, self.replay_mode, self.recipe, tuple(self.flags), str(data_of(self.config))
-
-    @property
-    def unofficial(self) -> dict[str, str]:
-        """What to call data sets whose files were not the official ones, by their names."""
-        names = {file.split("/")[0] for file in self.config["data"]["unverified"]}
-        return {name: self.config["data"].get(name, f"unofficial {name.upper()}") for name in sorted(names)}
-
-    @property
-    def data_note(self) -> str:
-        """A note for figures and tables: data that are not the official files, precision that is not on test images."""
-        places = [(title, name.upper()) for name, title in self.unofficial.items()]
-        places += [("held-out training images", "test images")] if self.held_out else []
-        return ", ".join(f"{one} in place of {other}" for one, other in places)
-
-    @property
-    def held_out(self) -> bool:
-        """Whether held-out training images took the place of test images (--validation)."""
-        return any(flag.startswith("--validation=") for flag in self.flags)
-
-    @property
-    def task_titles(self) -> list[str]:
-        return [f"task {number}: {title}" for number, title in enumerate(self.tasks, start=1)]
 
     def precision(self, task: int) -> Curve:
         """Precision on task 1, 2, ... over solver iterations."""
@@ -840,11 +786,7 @@ class Setting:
         self.shown = self.finished or runs
         self.first = self.shown[0]
         self.label = self.first.replay_mode
-
-    @property
-    def measures_generator(self) -> bool:
-        """Whether all its runs had --measure-generator."""
-        return all(run.generator_measure("frechet_distance") for run in self.shown)
+        self.measures_generator = all(run.generator_measure("frechet_distance") for run in self.shown)
 
     def matrix(self) -> np.ndarray:
         """The precision matrix, averaged over seeds; NaN where nothing was measured."""
@@ -865,8 +807,7 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Setting]]:
     """
     rank = {name: number for number, name in enumerate(IN_ORDER)}
     same: dict[Any, dict[int, Run]] = {}
-    order = [(rank.get(run.experiment, 99), rank.get(run.replay_mode, 99), not run.summary) for run in runs]
-    for _, run in sorted(zip(order, runs, strict=True), key=lambda pair: pair[0]):
+    for run in sorted(runs, key=lambda r: (rank.get(r.experiment, 99), rank.get(r.replay_mode, 99), not r.summary)):
         seeds = same.setdefault((run.setting, len(run.tasks)), {})
         if seeds.setdefault(run.seed, run) is not run:
             warn(f"{run.directory} is left out: it is the same run as {seeds[run.seed].directory}")

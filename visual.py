@@ -576,16 +576,15 @@ def write_figure(figure: "Figure", path: Path) -> None:
     """Save a figure; the same figure always gives the same file."""
     from matplotlib import rc_context
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     style, catch = rc_context({"svg.hashsalt": "dgr", "svg.fonttype": "none"}), warnings.catch_warnings(record=True)
-    with style, utils.naming(path), catch as caught:
-        figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
+    with style, atomic_write(path, "wb") as file, catch as caught:
+        metadata = {"Date": None} if path.suffix == ".svg" else None
+        figure.savefig(file, dpi=120, format=path.suffix[1:], metadata=metadata)
     if any("missing from font" in str(warning.message) for warning in caught):
         warn_once("figures show boxes for what no font here has: install one, such as Noto Sans CJK")
 
 
 def save_figure(runs: Sequence[Run], path: Path) -> None:
-    """Save the precision plots of these runs side by side."""
     write_figure(precision_figure(list(itertools.chain(*utils.group_runs(runs).values()))), path)
 
 
@@ -596,7 +595,6 @@ def mean_sd(values: Sequence[float], digits: int) -> str:
 
 
 def cells(setting: Setting) -> dict[str, str]:
-    """A setting as a row of a table."""
     run, unfinished = setting.first, len(setting.runs) - len(setting.finished)
     row = {"experiment": run.experiment + (f" ({run.data_note})" if run.data_note else ""), "recipe": run.recipe}
     row |= {"replay mode": run.replay_mode, "flags": " ".join(run.flags)}

@@ -310,7 +310,7 @@ def mixing(learn: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, T
     Two images are mixed, and so are the losses of their two answers: classes stay classes, and soft targets soft.
     """
 
-    def learning(self: models.MLP, loss: models.Loss, x: Tensor, y: Tensor, *replayed: Tensor) -> dict[str, Tensor]:
+    def learning(self: models.MLP, loss: Any, x: Tensor, y: Tensor, *replayed: Tensor) -> dict[str, Tensor]:
         share = float(torch.distributions.Beta(0.2, 0.2).sample())
         pairs = [(x, y), *([replayed] if replayed else [])]
         orders = [torch.randperm(len(images)) for images, _ in pairs]

@@ -13,7 +13,7 @@ classes, two digits a task) and 1,000 on permuted MNIST, with its solver and wit
 with 400 units per layer. All run on the CPU, with as many threads. --output gets each result as it comes, and standard
 output the table.
 
-This comparison has been tried in tiny form (--shorter), and not been run in full yet.
+benchmarks/README.md has the outcome of one run.
 """
 
 import argparse

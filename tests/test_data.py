@@ -190,7 +190,8 @@ def test_mnist_and_svhn_become_upright_images_in_three_channels_and_ten_digits(t
     stored = scipy.io.loadmat(tmp_path / "svhn/train_32x32.mat")["X"]
     assert svhn.train.images.shape == (40, 3, 32, 32)
     assert np.array_equal(svhn.train.images[7, :, 3, 5].numpy(), stored[3, 5, :, 7])
-    assert [task.name for task in data.svhn_mnist(accepting(tmp_path), OPTIONS)] == ["SVHN", "MNIST"]
+    other_way = data.EXPERIMENTS["svhn-mnist"].make_tasks(accepting(tmp_path), OPTIONS)
+    assert [task.name for task in other_way] == ["SVHN", "MNIST"]
 
 
 @pytest.mark.parametrize("parts", ["0-9", "0-3 4-6 7-9", "0-1 2-3 4-5 6-7 8-9", "0 1 2 3 4 5 6 7 8 9"])
@@ -623,10 +624,10 @@ def test_damaged_file_is_one_clear_error(tmp_path, file, content, words):
 def test_errors_of_a_device_are_not_blamed_on_files(tmp_path, monkeypatch):
     """A full GPU, for instance."""
 
-    def to(_split, _device):
+    def fit(_images, _size):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(data.Split, "to", to)
+    monkeypatch.setattr(data, "fit", fit)
     write_small_mnist(tmp_path)
     write_task(tmp_path / "own.npz")
     for load in (lambda: accepting(tmp_path).load("mnist"), lambda: accepting(tmp_path).load_own(tmp_path / "own.npz")):

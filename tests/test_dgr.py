@@ -327,8 +327,9 @@ def test_learn_solver_is_adam_on_equation_1():
 
 def learn_on_meta(mode: str, **parts) -> None:
     """Updates and what they need, on PyTorch's meta device: it has no numbers, so what waits for one fails."""
-    images, labels = torch.zeros(20, 1, 32, 32, dtype=torch.uint8), torch.zeros(20, dtype=torch.int64)
-    split = data.Split(images, labels, permutation=torch.arange(1024)).to(torch.device("meta"))
+    with torch.device("meta"):
+        images, labels = torch.zeros(20, 1, 32, 32, dtype=torch.uint8), torch.zeros(20, dtype=torch.int64)
+        split = data.Split(images, labels, permutation=torch.arange(1024))
     how = {"r": 0.5, "iterations": 3, "batch_size": 4}
     replay_mode = dgr.REPLAY_MODES[mode]
     for kind in replay_mode.target_kinds if replay_mode else ("none",):

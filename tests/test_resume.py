@@ -363,6 +363,12 @@ def harm(path, damage: str, directory) -> None:
             path.mkdir()
 
 
+def test_a_state_is_not_taken_for_a_scholar(tmp_path, small_mnist, monkeypatch):
+    run_until(monkeypatch, 5, flags(tmp_path, small_mnist))
+    with pytest.raises(UserError, match="state of an unfinished run, no scholar"):
+        models.load_scholar(state_of(tmp_path), main.parse(flags(tmp_path, small_mnist)))
+
+
 def test_a_damaged_state_never_takes_the_place_of_the_one_before(tmp_path, small_mnist, monkeypatch):
     run_until(monkeypatch, 5, flags(tmp_path, small_mnist))
     state = state_of(tmp_path)
@@ -372,7 +378,7 @@ def test_a_damaged_state_never_takes_the_place_of_the_one_before(tmp_path, small
     assert state.exists()  # looking changes nothing
 
     def save_and_end(training):
-        training._save_state()
+        training.keep_state()
         raise Cut
 
     monkeypatch.setattr(train.Training, "run", save_and_end)
@@ -467,7 +473,8 @@ def test_numbers_of_what_was_renamed_only_grow(tmp_path):
     """And one directory of a run inside another is renamed with it."""
     for name in ("a/b", "a~1", "a~3", "ab~7"):
         (tmp_path / name).mkdir(parents=True)
-    utils.rename_earlier([tmp_path / "a", tmp_path / "a/b", tmp_path / "c"])
+    paths = utils.RunPaths("x", utils.FileOptions())
+    paths.rename_earlier(tmp_path / "a", tmp_path / "a/b", tmp_path / "c")
     assert (tmp_path / "a~4/b~4").is_dir() and len(list(tmp_path.iterdir())) == 4
 
 
