@@ -19,8 +19,8 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -277,24 +277,16 @@ def beginning_anew(learn_task: Callable[[train.Training], None]) -> Callable[[tr
     return learning
 
 
-def more_replay(
-    solver: dgr.Solver,
-    current: dgr.Source,
-    replay: dgr.Source | None,
-    *,
-    r: float,
-    iterations: int,
-    batch_size: int,
-    temperature: float = 1.0,
-    penalty: Any = None,
-) -> Iterator[dict[str, Tensor]]:
+def more_replay(learn: Callable[..., Any]) -> Callable[..., Any]:
     """As many replayed images for each task behind as current ones (r is 1/i)."""
-    solver.train()
-    equation_1 = partial(dgr.solver_loss, solver, r=r, temperature=temperature, penalty=penalty)
-    n = batch_size * (round(1 / r) - 1)
-    for _ in range(iterations):
-        pairs = current.sample(batch_size)
-        yield solver.update(equation_1, pairs, replay and replay.sample(n))
+
+    def learning(
+        solver: dgr.Solver, current: dgr.Source, replay: dgr.Source | None, *, r: float, **settings: Any
+    ) -> Any:
+        more = replay and SimpleNamespace(sample=lambda n: replay.sample(n * (round(1 / r) - 1)))
+        return learn(solver, current, more, r=r, **settings)
+
+    return learning
 
 
 def confident_half(self: dgr.GenerativeReplay, n: int) -> Tensor:
@@ -356,7 +348,7 @@ LEVERS = {
     "Adam begins each task anew": Variation(instead=NEW_ADAM),
     "generator told the classes": Variation(["--generator-conditional"]),
     "generator told the classes, which are the labels": Variation(["--generator-conditional", "--replay-targets=own"]),
-    "as much replay for each task behind": Variation(instead={(dgr, "learn_solver"): more_replay}),
+    "as much replay for each task behind": Variation(instead={(dgr, "learn_solver"): more_replay(dgr.learn_solver)}),
     "three times the generator's iterations": Variation(times={"generator_iterations": 3}),
     "replay that the old solver is sure of": Variation(instead={(dgr.GenerativeReplay, "draw"): confident_half}),
     "temperature 1": Variation(["--temperature=1"]),
