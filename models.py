@@ -36,6 +36,8 @@ DTYPES = (
     "--cuda-graphs), tf32 on other GPUs"
 )
 
+AMX = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()  # the CPU multiplies matrices in bfloat16
+
 SIZES = "height and width of images in all networks, a multiple of 16 from 16 to 128"
 
 
@@ -180,12 +182,26 @@ class WithAdjoint(torch.autograd.Function):
         return WithAdjoint.apply(gradient, *ctx.derivative), None, None
 
 
-class Patches:
-    """A convolution as a product of two matrices: what its window sees at each place, and the weights.
+class Products:
+    """A convolution as products of matrices: what its window sees at each place, and the weights.
 
-    Its functions turn images and outputs (n, height, width, channels) and the weight (c_out, c_in, k, k) into batches
-    of factors, and back by their adjoints. shape: of what is returned.
+    Subclasses turn images and outputs (n, height, width, channels) and the weight (c_out, c_in, k, k) into batches of
+    factors, and back by their adjoints. shape: of what is returned.
     """
+
+    def convolution(self, seen: Tensor, weight: Tensor, bias: Tensor | None, shape: Sequence[int]) -> Tensor:
+        y = self.outputs(seen @ weight.mT, shape)
+        return y if bias is None else y.add_(bias)
+
+    def gradient_of_images(self, factors: Tensor, weight: Tensor, shape: Sequence[int]) -> Tensor:
+        return self.images(factors @ weight, shape)
+
+    def gradient_of_weight(self, factors: Tensor, seen: Tensor, shape: Sequence[int]) -> Tensor:
+        return self.weight(factors.mT @ seen, shape)
+
+
+class Patches(Products):
+    """One product: each place sees a patch of the images."""
 
     def __init__(self, k: int, stride: int, padding: int):
         self.k, self.stride, self.padding = k, stride, padding
@@ -221,8 +237,68 @@ class Patches:
     def of_outputs(self, y: Tensor) -> Tensor:
         return y.reshape(1, -1, y.shape[3])  # (1, places, c_out)
 
+    def convolution(self, seen: Tensor, weight: Tensor, bias: Tensor | None, shape: Sequence[int]) -> Tensor:
+        return F.linear(seen.squeeze(0), weight.squeeze(0), bias).view(
+            shape
+        )  # without a copy, unlike `seen @ weight.mT`
 
-class NineProducts:
+
+class Direct(Patches):
+    """PyTorch's own convolution. With at most 64 places per channel, one product for the gradient of the weight."""
+
+    def of_images(self, x: Tensor) -> Tensor:
+        return x[None]  # an axis more, as the factors of other ways have
+
+    def of_weight(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def of_outputs(self, y: Tensor) -> Tensor:
+        return y[None]
+
+    def convolution(self, seen: Tensor, weight: Tensor, bias: Tensor | None, shape: Sequence[int]) -> Tensor:
+        x = seen[0].permute(0, 3, 1, 2)
+        return F.conv2d(x, weight, bias, self.stride, self.padding).permute(0, 2, 3, 1)
+
+    def gradient_of_images(self, factors: Tensor, weight: Tensor, shape: Sequence[int]) -> Tensor:
+        y = factors[0].permute(0, 3, 1, 2)
+        unseen = [(side + 2 * self.padding - self.k) % self.stride for side in shape[1:3]]
+        return F.conv_transpose2d(y, weight, None, self.stride, self.padding, unseen).permute(0, 2, 3, 1)
+
+    def gradient_of_weight(self, factors: Tensor, seen: Tensor, shape: Sequence[int]) -> Tensor:
+        if factors[0, ..., 0].numel() <= 64 * shape[0]:
+            return super().gradient_of_weight(super().of_outputs(factors[0]), super().of_images(seen[0]), shape)
+        y, x = factors[0].permute(0, 3, 1, 2), seen[0].permute(0, 3, 1, 2)
+        weight = x.new_empty(shape).to(memory_format=torch.channels_last)  # for its shape and layout
+        places = [self.stride] * 2, [self.padding] * 2, [1, 1], False, [0, 0], 1
+        return torch.ops.aten.convolution_backward(y, x, weight, None, *places, [False, True, False])[1]
+
+
+class Bilinear(torch.autograd.Function):
+    """`Direct` as a function of images and the weight (transposed: of outputs and the weight), with any derivatives."""
+
+    @staticmethod
+    def of(layer: nn.Module, x: Tensor, way: Direct, shape: Sequence[int]) -> Tensor:
+        dtype = computes_in(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return Bilinear.apply(x.to(dtype), layer.weight.to(dtype), way, shape, layer.transposed)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, way: Direct, shape: Sequence[int], transposed: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.way, ctx.transposed = way, transposed
+        if transposed:
+            return way.gradient_of_images(x[None], weight, shape)
+        return way.convolution(x[None], weight, None, shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), way = ctx.saved_tensors, ctx.way
+        of_x = Bilinear.apply(gradient, weight, way, x.shape, not ctx.transposed) if ctx.needs_input_grad[0] else None
+        outputs, images = (x, gradient) if ctx.transposed else (gradient, x)
+        return of_x, way.gradient_of_weight(outputs[None], images[None], weight.shape), None, None, None
+
+
+class NineProducts(Products):
     """A window of 4 x 4 in steps of 2 as nine products instead of sixteen (Lavin and Gray 2016, arXiv 1509.09308).
 
     Along one axis, two neighbouring places see d0, d1 and d2 (two values each) through the weights g0 and g1 as
@@ -297,63 +373,84 @@ def two_of_three(three: Tensor, axis: int, out: Tensor | None = None) -> Tensor:
     return torch.add(three[:2], three[1:], out=out).movedim(0, axis)
 
 
-def nine_products(layer: nn.Module, x: Tensor, height: int, width: int, channels: int = 64) -> bool:
-    """Whether nine products are faster for a layer between images (height, width) and outputs of half that size.
+def computes_in(x: Tensor) -> torch.dtype:
+    """The dtype in which a layer computes that is given x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
-    That takes float32 on a CPU, so many channels, and as many places in the batch, as the weights' factors cost, too.
+
+def choose_way(
+    layer: nn.Module, x: Tensor, height: int, width: int, places: int, channels: int = 64
+) -> Products | None:
+    """The fastest way for a layer between images (height, width) and so many places in a batch; None: PyTorch's own.
+
+    Rules for a CPU, from measurements (benchmarks/README.md): nine products in float32 from so many channels on, and
+    from as many places as the weights' factors cost, too; one product for at most as many places as channels, as
+    PyTorch spends most of its time there on rearranging weights and their gradients. AMX, whose products are faster
+    still, in bfloat16: one product for more places and for transposed layers, too, and for the gradient of weights.
     """
-    window = layer.kernel_size == (4, 4) and layer.stride == (2, 2) and layer.padding == (1, 1)
+    if x.device.type != "cpu":
+        return None
+    (k, _), (stride, _), (padding, _) = layer.kernel_size, layer.stride, layer.padding
+    dtype, (c_out, c_in, *_) = computes_in(x), layer.weight.shape
     plain = layer.groups == 1 and layer.dilation == (1, 1) and not any(layer.output_padding)
-    c_out, c_in, *_ = layer.weight.shape
-    fits = height % 4 == width % 4 == 0 and min(c_out, c_in) >= channels and len(x) * height * width // 4 >= c_out
-    full = x.dtype == layer.weight.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
-    return window and plain and fits and full and x.device.type == "cpu"
+    window = plain and (layer.kernel_size, layer.stride, layer.padding) == ((4, 4), (2, 2), (1, 1))
+    full = dtype == layer.weight.dtype in (torch.float32, torch.float64)
+    if window and full and height % 4 == width % 4 == 0 and min(c_out, c_in) >= channels and places >= c_out:
+        return NineProducts()
+    amx = AMX and dtype == torch.bfloat16
+    if layer.transposed and not (amx and window):
+        return None
+    if places <= (8 if amx and c_out >= 512 else 1) * c_out:
+        return Patches(k, stride, padding)
+    learns = torch.is_grad_enabled() and layer.weight.requires_grad
+    return Direct(k, stride, padding) if amx and learns and layer.bias is None and places <= 16 * c_out else None
 
 
 class Convolution(nn.Conv2d):
-    """A square convolution with zero padding, not grouped, not dilated.
-
-    On the CPU it becomes products of matrices where that is faster: `NineProducts` in float32 with many channels, and
-    `Patches` where there are at least as many channels as places, as PyTorch's own spends most of its time there on
-    rearranging weights and their gradients.
-    """
+    """A square convolution with zero padding, not grouped, not dilated; on a CPU computed as `choose_way` says."""
 
     def forward(self, x: Tensor) -> Tensor:
         way, shape = self.way(x)
-        nine = isinstance(way, NineProducts)
-        if x.device.type != "cpu" or not (nine or math.prod(shape[:3]) <= shape[3]):
+        if way is None:
             return super().forward(x)
         x = x.permute(0, 2, 3, 1)
+        if isinstance(way, Direct):
+            return Bilinear.of(self, x, way, shape).permute(0, 3, 1, 2)
         factors = WithAdjoint.apply(x, way.of_images, partial(way.images, shape=x.shape))
         weight = WithAdjoint.apply(self.weight, way.of_weight, partial(way.weight, shape=self.weight.shape))
-        if nine:
+        if isinstance(way, NineProducts):
             y = WithAdjoint.apply(factors @ weight.mT, partial(way.outputs, shape=shape), way.of_outputs)
             y = y if self.bias is None else y + self.bias
         else:
-            y = F.linear(factors[0], weight[0], self.bias).view(shape)
+            y = way.convolution(factors, weight, self.bias, shape)
         return y.permute(0, 3, 1, 2)
 
-    def way(self, x: Tensor, channels: int = 64) -> tuple["NineProducts | Patches", tuple[int, int, int, int]]:
-        """How to turn it into products (channels: see `nine_products`), and (n, height, width, channels) of outputs."""
+    def way(self, x: Tensor, channels: int = 64) -> tuple[Products | None, tuple[int, int, int, int]]:
+        """See `choose_way`, and (n, height, width, channels) of outputs."""
         (k, _), (stride, _), (padding, _) = self.kernel_size, self.stride, self.padding
         height, width = ((side + 2 * padding - k) // stride + 1 for side in x.shape[2:])
-        nine = nine_products(self, x, *x.shape[2:], channels)
-        return NineProducts() if nine else Patches(k, stride, padding), (len(x), height, width, self.out_channels)
+        way = choose_way(self, x, *x.shape[2:], len(x) * height * width, channels)
+        return way, (len(x), height, width, self.out_channels)
 
 
 class TransposedConvolution(nn.ConvTranspose2d):
-    """PyTorch's, or on the CPU in float32, with many channels, `NineProducts`."""
+    """PyTorch's, on a CPU computed as `choose_way` says."""
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        least = 64 if torch.is_grad_enabled() else 128  # channels: PyTorch's own is slow above all in the gradients
-        if x.dim() != 4 or output_size or not nine_products(self, x, 2 * x.shape[2], 2 * x.shape[3], least):
+        if x.dim() != 4 or output_size:
             return super().forward(x, output_size)
         n, _, height, width = x.shape
-        way, x = NineProducts(), x.permute(0, 2, 3, 1)
+        least = 64 if torch.is_grad_enabled() else 128  # channels: PyTorch's own is slow above all in the gradients
+        way = choose_way(self, x, 2 * height, 2 * width, n * height * width, least)
+        if way is None:
+            return super().forward(x)
+        x, shape = x.permute(0, 2, 3, 1), (n, 2 * height, 2 * width, self.out_channels)
+        if isinstance(way, Direct):
+            return Bilinear.of(self, x, way, shape).permute(0, 3, 1, 2)
         factors = WithAdjoint.apply(x, way.of_outputs, partial(way.outputs, shape=x.shape))
         weight = WithAdjoint.apply(self.weight, way.of_weight, partial(way.weight, shape=self.weight.shape))
-        images = partial(way.images, shape=(n, 2 * height, 2 * width, self.out_channels))
-        y = WithAdjoint.apply(factors @ weight, images, way.of_images).permute(0, 3, 1, 2)
+        y = WithAdjoint.apply(factors @ weight, partial(way.images, shape=shape), way.of_images).permute(0, 3, 1, 2)
         return (y if self.bias is None else y + self.bias[:, None, None]).contiguous(memory_format=torch.channels_last)
 
 
@@ -460,21 +557,26 @@ def critic_gradients(
     """
     *layers, _, last = critic
     n = len(real)
-    epsilon = torch.rand(n, 1, 1, 1, dtype=real.dtype)
-    x = torch.cat([real, fake, epsilon * real + (1 - epsilon) * fake])
+    epsilon, dtype = torch.rand(n, 1, 1, 1, dtype=real.dtype), critic.compute_dtype or real.dtype
+    x = torch.cat([real, fake, epsilon * real + (1 - epsilon) * fake]).to(dtype)
     passed = []
     for layer, activation in zip(layers[::2], layers[1::2], strict=True):
         way, shape = layer.way(x, channels=16)  # one way or the other, so from fewer on
-        seen, weight = way.of_images(x.permute(0, 2, 3, 1)), way.of_weight(layer.weight)
-        outputs = F.leaky_relu_(way.outputs(seen @ weight.mT, shape).add_(layer.bias), activation.negative_slope)
+        window = layer.kernel_size[0], layer.stride[0], layer.padding[0]
+        way = way or (Patches(*window) if dtype == real.dtype else Direct(*window))
+        seen, weight = way.of_images(x.permute(0, 2, 3, 1)), way.of_weight(layer.weight.to(dtype))
+        outputs = way.convolution(seen, weight, layer.bias.to(dtype), shape)
+        outputs = F.leaky_relu_(outputs, activation.negative_slope)
         passed.append((way, layer.weight.shape, seen, weight, outputs, activation.negative_slope))
         x = outputs.permute(0, 3, 1, 2)
     features = x.flatten(1)
     of_class = F.one_hot(torch.zeros(n, dtype=torch.int64) if y is None else y, last.out_features).to(real.dtype)
-    scores = (F.linear(features[: 2 * n], last.weight, last.bias).unflatten(0, (2, n)) * of_class).sum(2).mean(1)
-    of_score = torch.cat([-of_class / n, of_class / n, of_class])  # the loss's derivative, or for x^ the score itself
+    scores = F.linear(features[: 2 * n], last.weight.to(dtype), last.bias.to(dtype)).to(real.dtype)
+    scores = (scores.unflatten(0, (2, n)) * of_class).sum(2).mean(1)
+    # The loss's derivative, or for x^ the score itself.
+    of_score = torch.cat([-of_class / n, of_class / n, of_class]).to(dtype)
 
-    gradient, back = (of_score @ last.weight).view(x.shape).permute(0, 2, 3, 1), []
+    gradient, back = (of_score @ last.weight.to(dtype)).view(x.shape).permute(0, 2, 3, 1), []
     for number, (way, _, _, weight, outputs, slope) in reversed(list(enumerate(passed))):
         gradient = torch.ops.aten.leaky_relu_backward(gradient, outputs, slope, True)
         factors = way.of_outputs(gradient)
@@ -483,17 +585,18 @@ def critic_gradients(
             before = passed[number - 1][4].shape
         else:  # beyond the first layer, only x^ counts
             factors, before = factors.chunk(3, dim=1)[2], real.permute(0, 2, 3, 1).shape
-        gradient = way.images(factors @ weight, before)
+        gradient = way.gradient_of_images(factors, weight, before)
+    gradient = gradient.to(real.dtype)
     norm = gradient.flatten(1).norm(dim=1)
-    t = gradient * (2 / n * penalty_weight * (norm - 1) / norm.clamp(min=1e-12))[:, None, None, None]
+    t = (gradient * (2 / n * penalty_weight * (norm - 1) / norm.clamp(min=1e-12))[:, None, None, None]).to(dtype)
 
     gradients = []
     for (way, shape, seen, weight, outputs, slope), (factors, of_bias) in zip(passed, back, strict=True):
         seen_of_t = way.of_images(t)
-        seen.chunk(3, dim=1)[2].copy_(seen_of_t)
-        t = way.outputs(seen_of_t @ weight.mT, (n, *outputs.shape[1:]))
+        seen.chunk(3, dim=1)[2].copy_(seen_of_t)  # maybe in the outputs before, which are done with
+        t = way.convolution(seen_of_t, weight, None, (n, *outputs.shape[1:]))
         t = torch.ops.aten.leaky_relu_backward(t, outputs[2 * n :], slope, True)
-        gradients += [way.weight(factors.mT @ seen, shape), of_bias]
+        gradients += [way.gradient_of_weight(factors, seen, shape), of_bias]
     features[2 * n :] = t.permute(0, 3, 1, 2).flatten(1)
     gradients += [of_score.mT @ features, of_score[: 2 * n].sum(0)]
     distance = scores[0] - scores[1]
@@ -536,7 +639,11 @@ class WGAN(dgr.Generator):
                 loss, distance, gradients = critic_gradients(self.critic, real, fake, y, self.penalty_weight)
             for parameter, gradient in zip(self.critic.parameters(), gradients, strict=True):
                 same = gradient.stride() == parameter.stride()  # or fused Adam would mix up what belongs to what
-                parameter.grad = gradient if same else torch.empty_like(parameter).copy_(gradient)
+                parameter.grad = (
+                    gradient
+                    if same and gradient.dtype == parameter.dtype
+                    else torch.empty_like(parameter).copy_(gradient)
+                )
             self.critic_optimiser.step()
         else:
             loss, distance = gan.critic_loss(self._critic_of(y), real, fake, penalty_weight=self.penalty_weight)
@@ -553,12 +660,17 @@ class WGAN(dgr.Generator):
         return {"generator-loss": loss.detach()}
 
     def _in_one_pass(self, x: Tensor) -> bool:
-        """Whether `critic_gradients` can tell what the critic learns: its own layers on a CPU, not in bfloat16.
+        """Whether `critic_gradients` can tell what the critic learns: its own layers on a CPU, in bfloat16 with AMX.
 
         Not from more values than 64 images of 32 x 32 have, as it keeps more of them than autograd does.
         """
         critic = self.critic
-        if x.device.type != "cpu" or type(critic) is not Network or critic.compute_dtype or x[:, 0].numel() > 2**16:
+        if (
+            x.device.type != "cpu"
+            or type(critic) is not Network
+            or (critic.compute_dtype and not AMX)
+            or x[:, 0].numel() > 2**16
+        ):
             return False
         hooks = any(layer._forward_hooks or layer._forward_pre_hooks for layer in critic.modules())
         known = [*[Convolution, LeakyReLU] * ((len(critic) - 2) // 2), nn.Flatten, nn.Linear]
@@ -913,10 +1025,9 @@ def cpu_is_faster_in_bfloat16() -> bool:
 
     A rule, not a measurement, so that a seed gives the same result every time on one machine.
     """
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # missing in the oldest versions supported
     amd = capabilities.get("cpu_name", "").startswith("AMD")
-    return amx or (amd and capabilities.get("avx512_bf16", False))
+    return AMX or (amd and capabilities.get("avx512_bf16", False))
 
 
 def choose_dtype(dtype: str, device: torch.device, *, cuda_graphs: bool = False) -> torch.dtype | None:

@@ -546,7 +546,7 @@ def test_lack_of_memory_is_one_line(errors):
 def test_a_cpu_computes_in_bfloat16_where_that_is_faster(monkeypatch, amx, name, dtype):
     """With AMX; AVX512-BF16 alone is faster than float32 on AMD's, slower on Intel's: see benchmarks/README.md."""
     capabilities = {"avx512_bf16": True, "cpu_name": name}
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(models, "AMX", amx)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert models.choose_dtype("auto", torch.device("cpu")) is dtype
     assert models.choose_dtype("bfloat16", torch.device("cpu")) is torch.bfloat16

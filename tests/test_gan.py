@@ -157,13 +157,14 @@ def shared(critic):
         lambda critic: (spectral_norm(critic[2]), critic)[1],
         lambda critic: (critic[0].register_forward_hook(lambda _layer, _x, y: 2 * y), critic)[1],
         lambda critic: (critic.__setitem__(1, nn.Softplus()), critic)[1],
-        lambda critic: (setattr(critic, "compute_dtype", torch.bfloat16), critic)[1],
+        lambda critic: (setattr(critic, "compute_dtype", torch.bfloat16), critic)[1],  # without AMX
         shared,
     ],
 )
 def test_a_critic_of_another_kind_learns_by_autograd(monkeypatch, other):
     wgan = models.WGAN(1, replace(SMALL, generator_c_channel_size=8))
     assert wgan._in_one_pass(bars(64)) and not wgan._in_one_pass(bars(65))
+    monkeypatch.setattr(models, "AMX", False)
     monkeypatch.setattr(models, "critic_gradients", None)
     wgan.critic = other(wgan.critic)
     assert wgan.critic_step(bars(2))["critic-loss"].isfinite()
@@ -232,18 +233,20 @@ def test_iterations_equal_the_reference(channel_size):
 # ------------------------------------------------------------------------------------------------ number formats
 
 
-def assert_close(loss, network, expected, plain, bound, gradient_bound):
+def assert_close(loss, network, expected, plain, bound, gradient_bound, gradients=None):
     """In value and gradient, and in float32 whatever the network computes in."""
     assert loss.dtype == torch.float32 and relative_error([loss], [expected]) < bound
-    gradients = (torch.autograd.grad(value, list(n.parameters())) for value, n in ((loss, network), (expected, plain)))
-    assert relative_error(*gradients) < gradient_bound
+    gradients = gradients or torch.autograd.grad(loss, list(network.parameters()))
+    assert relative_error(gradients, torch.autograd.grad(expected, list(plain.parameters()))) < gradient_bound
 
 
 # Measured in bfloat16: 5e-3 for the loss and 8e-2 for its gradient where the CPU emulates it; where it does not, 1e-3
 # and 8e-3, for a critic that had learned in bfloat16 too.
+@pytest.mark.parametrize("in_one_pass", [False, True])
 @pytest.mark.parametrize(("dtype", "bound", "gradient_bound"), [(None, 1e-4, 1e-4), (torch.bfloat16, 2e-2, 0.15)])
-def test_critic_loss_in_each_dtype_is_close_to_the_reference(dtype, bound, gradient_bound):
-    """differences.md, 15: at the sizes of --quick, after the critic has learned a little."""
+def test_critic_loss_in_each_dtype_is_close_to_the_reference(monkeypatch, dtype, bound, gradient_bound, in_one_pass):
+    """differences.md, 15: at the sizes of --quick, after the critic has learned a little; in one pass as with AMX."""
+    monkeypatch.setattr(models, "AMX", in_one_pass)
     wgan, real = models.make_scholar(1, 10, MEDIUM).generator, bars(64)
     for _ in range(20):
         wgan.update(lambda: real)
@@ -252,21 +255,28 @@ def test_critic_loss_in_each_dtype_is_close_to_the_reference(dtype, bound, gradi
     wgan.critic.float().compute_dtype = dtype
     fake = wgan.sample(64)
     torch.manual_seed(1)
-    loss, _ = gan.critic_loss(wgan.critic, real, fake, penalty_weight=10.0)
+    if in_one_pass:
+        with torch.no_grad():
+            loss, _, gradients = models.critic_gradients(wgan.critic, real, fake, None, 10.0)
+    else:
+        loss, _ = gan.critic_loss(wgan.critic, real, fake, penalty_weight=10.0)
+        gradients = None
     torch.manual_seed(1)
     epsilon = torch.rand(64, 1, 1, 1)
     expected = reference.critic_loss(critic, real.double(), fake.double(), epsilon.double(), 10.0)
-    assert_close(loss, wgan.critic, expected, critic, bound, gradient_bound)
+    assert_close(loss, wgan.critic, expected, critic, bound, gradient_bound, gradients)
 
 
 # In bfloat16: see benchmarks/README.md.
 @pytest.mark.parametrize(("dtype", "bound", "gradient_bound"), [(None, 1e-4, 1e-4), (torch.bfloat16, 1e-2, 0.1)])
 @pytest.mark.parametrize("part", ["solver", "generator"])
-def test_losses_in_each_dtype_are_close_to_the_reference(part, dtype, bound, gradient_bound):
+@pytest.mark.parametrize("amx", [False, True])
+def test_losses_in_each_dtype_are_close_to_the_reference(monkeypatch, part, dtype, bound, gradient_bound, amx):
     """differences.md, 15.
 
     Without ReLUs: where rounding turns the sign of what one sees, the gradient changes, in plain PyTorch too.
     """
+    monkeypatch.setattr(models, "AMX", amx)
     scholar = models.make_scholar(1, 10, WIDE, compute_dtype=dtype)
     own = getattr(scholar, part)
     for place, layer in enumerate(own.net):
@@ -361,7 +371,14 @@ def test_nine_products_are_a_convolution(kind, dtype, bound, bias):
     ours = kind(64, 72, 4, stride=2, padding=1, bias=bias).to(dtype)
     plain = reference.plain(ours, SMALL)[0].double()
     x = torch.randn(3, 64, 8, 12, dtype=dtype)
-    assert models.nine_products(ours, x, 8, 12) and not isinstance(plain, kind)
+    places = 3 * 8 * 12 if kind is models.TransposedConvolution else 3 * 4 * 6
+    sides = (16, 24) if kind is models.TransposedConvolution else (8, 12)
+    assert isinstance(models.choose_way(ours, x, *sides, places), models.NineProducts) and not isinstance(plain, kind)
+    assert_same_derivatives(ours, x, plain, x.double(), bound)
+
+
+def assert_same_derivatives(ours, x, plain, plain_x, bound):
+    """In value, gradient and gradient of the gradient."""
 
     def values(convolution, x):
         x = x.clone().requires_grad_()
@@ -370,8 +387,69 @@ def test_nine_products_are_a_convolution(kind, dtype, bound, bias):
         (gradient,) = torch.autograd.grad((y.square() * weights).sum(), x, create_graph=True)
         return [y, gradient, *torch.autograd.grad(gradient.pow(3).sum(), [x, *convolution.parameters()])]
 
-    for value, expected in zip(values(ours, x), values(plain, x.double()), strict=True):
+    for value, expected in zip(values(ours, x), values(plain, plain_x), strict=True):
         assert relative_error([value], [expected]) < bound
+
+
+@pytest.mark.parametrize("channels", [12, 1], ids=["by a product", "by PyTorch"])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (4, 2, 1), (2, 3, 0)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_direct_convolution_has_pytorchs_derivatives(transposed, kernel, stride, padding, channels):
+    """In value, gradient and gradient of the gradient, with a product for the gradient of the weight or without."""
+    weight = torch.randn(channels, 3, kernel, kernel, dtype=torch.float64)
+    images = torch.randn(9, 3, 7, 11, dtype=torch.float64)
+    outputs = nn.functional.conv2d(images, weight, None, stride, padding)
+    assert (outputs[:, 0].numel() > 64 * channels) == (channels == 1)
+    x, shape = (outputs, images.shape) if transposed else (images, outputs.shape)
+    way, nhwc = models.Direct(kernel, stride, padding), [shape[0], *shape[2:], shape[1]]
+    unseen = [(side + 2 * padding - kernel) % stride for side in images.shape[2:]]
+
+    class Layer(nn.Module):
+        def __init__(self, function):
+            super().__init__()
+            self.weight, self.function = nn.Parameter(weight.clone()), function
+
+        def forward(self, x):
+            return self.function(x, self.weight)
+
+    def ours(x, weight):
+        return models.Bilinear.apply(x.permute(0, 2, 3, 1), weight, way, nhwc, transposed).permute(0, 3, 1, 2)
+
+    def plain(x, weight):
+        if transposed:
+            return nn.functional.conv_transpose2d(x, weight, None, stride, padding, unseen)
+        return nn.functional.conv2d(x, weight, None, stride, padding)
+
+    assert_same_derivatives(Layer(ours), x, Layer(plain), x, 1e-12)
+
+
+@pytest.mark.parametrize("amx", [False, True])
+def test_layers_are_computed_in_the_way_that_was_fastest(monkeypatch, amx):
+    """At the default and the quick widths; see benchmarks/README.md."""
+    monkeypatch.setattr(models, "AMX", amx)
+
+    def way(layer, n, side, dtype, learns=True):
+        layer, x = layer.to(dtype).requires_grad_(learns), torch.empty(n, layer.in_channels, side, side, dtype=dtype)
+        if isinstance(layer, nn.Conv2d):
+            return type(layer.way(x)[0]).__name__
+        return type(models.choose_way(layer, x, 2 * side, 2 * side, n * side**2)).__name__
+
+    def solver(c):
+        return models.Convolution(c // 2, c, 3, stride=2, padding=1, bias=False)
+
+    def transposed(c):
+        return models.TransposedConvolution(2 * c, c, 4, stride=2, padding=1, bias=False)
+
+    low = torch.bfloat16
+    assert way(solver(1024), 64, 8, low) == way(solver(1024), 64, 8, torch.float32) == "Patches"
+    assert way(solver(512), 64, 16, low) == ("Patches" if amx else "NoneType")
+    assert way(solver(256), 64, 32, low) == way(solver(256), 64, 32, torch.float32) == "NoneType"
+    assert way(solver(256), 64, 8, low) == ("Direct" if amx else "NoneType")
+    assert way(solver(256), 64, 8, low, learns=False) == "NoneType"
+    assert way(transposed(256), 32, 4, low) == ("Patches" if amx else "NoneType")
+    assert way(transposed(128), 32, 8, low) == ("Direct" if amx else "NoneType")
+    assert way(transposed(64), 32, 16, low) == "NoneType"
+    assert way(transposed(64), 32, 16, torch.float32) == "NineProducts"
 
 
 class Doubling(models.Network):
