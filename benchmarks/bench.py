@@ -4,6 +4,7 @@
     make bench                                      at the default widths, on the device that main.py would use
     benchmarks/bench.py --image-size=64 --no-gpus   main.py's flags for networks, batches and number format work too
     benchmarks/bench.py --against 5ef79e6           beside the program of an earlier commit, in turn with ours
+    benchmarks/bench.py --profile                   also which operators take our time, as shares of it
 
 The baseline is how the method is usually written: float32, PIL transforms behind a DataLoader, a forward pass for each
 source of images, a gradient through the generator in the critic's updates, a fresh draw of replay for every update,
@@ -214,6 +215,16 @@ def operations(work: Callable[[], Any], times: int) -> float:
     return counter.total / times
 
 
+def profile(work: Callable[[], Any], times: int) -> dict[str, float]:
+    """The shares of the time that the ten slowest of PyTorch's operators take on the CPU, without what they call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for _ in range(times):
+            work()
+    seconds = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    slowest = sorted(seconds, key=seconds.get, reverse=True)[:10]
+    return {key: seconds[key] / sum(seconds.values()) for key in slowest}
+
+
 def our_ways(
     options: models.ScholarOptions,
     batch_size: int,
@@ -297,7 +308,11 @@ def program_of(
 
 
 def measure(
-    options: main.Options, repetitions: int, against: Callable[[str, int], float] | None = None
+    options: main.Options,
+    repetitions: int,
+    against: Callable[[str, int], float] | None = None,
+    *,
+    profiled: bool = False,
 ) -> list[dict[str, Any]]:
     device, dtype = models.choose(options)
     clock = Clock(device)
@@ -382,6 +397,8 @@ def measure(
             "ratio": baseline_seconds / our_seconds,
             "limit_share": share,
         }
+        if profiled:
+            row["profile"] = profile(counted[name], calls[name])
         if against:
             row |= {"against_ms": their_seconds * 1000, "against_ratio": their_seconds / our_seconds}
         table.append(row | circumstances)
@@ -408,6 +425,7 @@ def run() -> None:
         help="of each way (default: %(default)s)",
     )
     parser.add_argument("--against", metavar="COMMIT", help="measure the program of this commit too, in turn")
+    parser.add_argument("--profile", action="store_true", help="tell which operators take our time, too")
     here, flags = parser.parse_known_args()
     options = main.parse(["--train", *flags])
     models.check_machine(options)
@@ -420,7 +438,7 @@ def run() -> None:
     print(f"{'':<24} {'ours':>12} {'ours':>13} {'baseline':>13} {'ratio':>9}")
     dtype = models.choose_dtype(options.dtype, device, cuda_graphs=options.cuda_graphs)
     with program_of(here.against, device, dtype, flags) if here.against else contextlib.nullcontext() as against:
-        table = measure(options, here.repetitions, against)
+        table = measure(options, here.repetitions, against, profiled=here.profile)
     for row in table if here.against else ():
         row["against_commit"] = here.against
     utils.write_json(here.output, table)

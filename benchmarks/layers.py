@@ -88,7 +88,9 @@ def run() -> None:
     device = torch.device("cpu")
     dtype = models.choose_dtype(options.dtype, device) or torch.float32
     rows = []
-    for threads, (n, side, c_in, c_out) in itertools.product(sorted({1, torch.get_num_threads()}), [*SOLVER, *GENERATOR]):
+    for threads, (n, side, c_in, c_out) in itertools.product(
+        sorted({1, torch.get_num_threads()}), [*SOLVER, *GENERATOR]
+    ):
         torch.set_num_threads(threads)
         transposed = c_in > c_out
         kind, k = (models.TransposedConvolution, 4) if transposed else (models.Convolution, 3)

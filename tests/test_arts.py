@@ -11,10 +11,12 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 from conftest import ROOT, TINY, assert_one_line_error, call
 from PIL import Image
 
 import main
+import models
 import utils
 
 ARTS = ROOT / "arts"
@@ -197,7 +199,7 @@ def test_a_setting_that_the_prose_names_wrongly_is_one_line(figures, kept):
 def test_benchmark_has_its_rows(tmp_path):
     git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True)
     against = ["--against=HEAD"] if git.returncode == 0 else []
-    flags = ["--repetitions=1", "--output=bench.json", *against]
+    flags = ["--repetitions=1", "--output=bench.json", "--profile", *against]
     process = call("benchmarks/bench.py", *TINY, *flags, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     rows = json.loads((tmp_path / "bench.json").read_text())
@@ -207,9 +209,32 @@ def test_benchmark_has_its_rows(tmp_path):
     for row in rows:
         assert set(row) > {"name", "device", "ours_ms", "baseline_ms", "ratio", "limit_share", "compute_dtype"}
         assert row["ratio"] == pytest.approx(row["baseline_ms"] / row["ours_ms"]) and 0 < row["limit_share"] < 1
+        assert 1 <= len(row["profile"]) <= 10 and 0.3 < sum(row["profile"].values()) <= 1
         if against:
             assert row["against_commit"] == "HEAD" and row["against_ms"] > 0
             assert row["against_ratio"] == pytest.approx(row["against_ms"] / row["ours_ms"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_each_way_of_a_layer_is_measured(tmp_path, monkeypatch, dtype):
+    """With the rules of models.choose_way back in force afterwards."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    layers, choose = importlib.import_module("layers"), models.choose_way
+    monkeypatch.setattr(layers, "SOLVER", [(2, 8, 4, 8)])
+    monkeypatch.setattr(layers, "GENERATOR", [(2, 4, 8, 4)])
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(
+        sys, "argv", ["", f"--output={tmp_path / 'layers.json'}", "--repetitions=1", f"--dtype={dtype}"]
+    )
+    layers.run()
+    table = json.loads((tmp_path / "layers.json").read_text())
+    assert models.choose_way is choose and table["dtype"] == dtype
+    names = {kind: ["PyTorch", "product for the weight's gradient", kind] for kind in ("one product", "nine products")}
+    for row in table["layers"]:
+        transposed = row["layer"].startswith("TransposedConvolution 8 to 4")
+        kind = "nine products" if transposed and dtype == "float32" else "one product"
+        assert row["places_per_channel"] == 4 and list(row["milliseconds"]) == names[kind]
+        assert all(min(times.values()) > 0 for times in row["milliseconds"].values())
 
 
 def test_a_commit_that_git_does_not_know_is_one_line(tmp_path):

@@ -32,7 +32,7 @@ import visual
 MANUAL = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]  # whose commands and examples run
 PAGES = [*MANUAL, ROOT / "arts/RESULTS.md", ROOT / "benchmarks/README.md"]
 SCRIPTS = ["visual.py", "arts/figures.py", "benchmarks/bench.py", "benchmarks/ablations.py"]
-SCRIPTS += ["benchmarks/gpu.py", "benchmarks/peers.py", "run_full_experiments"]
+SCRIPTS += ["benchmarks/gpu.py", "benchmarks/layers.py", "benchmarks/peers.py", "run_full_experiments"]
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("arts/*.py"), *ROOT.glob("benchmarks/*.py"), ROOT / "run_full_experiments"]
 # Flags of other programs that are named: TensorBoard, pip, SLURM.
 FOREIGN = {"--logdir", "--no-deps", "--array", "--gpus", "--wrap"}
