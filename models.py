@@ -238,9 +238,7 @@ class Patches(Products):
         return y.reshape(1, -1, y.shape[3])  # (1, places, c_out)
 
     def convolution(self, seen: Tensor, weight: Tensor, bias: Tensor | None, shape: Sequence[int]) -> Tensor:
-        return F.linear(seen.squeeze(0), weight.squeeze(0), bias).view(
-            shape
-        )  # without a copy, unlike `seen @ weight.mT`
+        return F.linear(seen.squeeze(0), weight.squeeze(0), bias).view(shape)
 
 
 class Direct(Patches):

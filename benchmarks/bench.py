@@ -13,7 +13,8 @@ baseline learns a whole batch from each source, as is usual, where ours learns o
 generator-update-mixed has a baseline that mixes too. Ours and the baseline take turns, and the table has medians.
 `limit_share` is the share of what the device can do: of the floating-point rate of a large matrix product in our number
 format, and for `batch` of the rate of a large copy, both measured in the same run. `against_ratio` is the time of the
-earlier commit's program, which a second process runs, over ours.
+earlier commit's program, which a second process runs, over ours: the median ratio of
+neighbours in time, as some machines change their speed within seconds.
 """
 
 from __future__ import annotations  # names of types that earlier programs lack
@@ -361,7 +362,7 @@ def measure(
         "testing": 1,
     }
     warm_up = models.Captured.warm_up + 1 if options.cuda_graphs else 1
-    seconds = {}
+    seconds, ratios = {}, {}
     for name, times in tqdm(calls.items(), file=sys.stderr, disable=None):
         our_times, baseline_times, their_times = [], [], []
         for repetition in range(-1, repetitions):  # once before it counts
@@ -370,6 +371,7 @@ def measure(
                 baseline_times.append(clock.seconds(baseline_ways[name], max(1, times // 8) if repetition >= 0 else 1))
             their_times.append(against(name, times if repetition >= 0 else warm_up) if against else 0.0)
         seconds[name] = [statistics.median(times[1:]) for times in (our_times, baseline_times, their_times)]
+        ratios[name] = statistics.median(b / a for a, b in zip(our_times[1:], their_times[1:], strict=True))
     peak = peak_memory(device)
 
     flops_limit, bytes_limit = peak_rates(clock, dtype)
@@ -400,7 +402,7 @@ def measure(
         if profiled:
             row["profile"] = profile(counted[name], calls[name])
         if against:
-            row |= {"against_ms": their_seconds * 1000, "against_ratio": their_seconds / our_seconds}
+            row |= {"against_ms": their_seconds * 1000, "against_ratio": ratios[name]}
         table.append(row | circumstances)
         print(
             f"{name:<24} {1 / our_seconds:>9.1f} /s {row['ours_ms']:>10.3f} ms {row['baseline_ms']:>10.3f} ms "
