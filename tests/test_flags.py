@@ -263,7 +263,7 @@ def test_lists_given_twice_add_up(tmp_path):
     [
         ("--recipe=quick", {"lr": 1e-3, "mnist_permutation_number": 3, "solver_iterations": 300}),
         ("--recipe=quick --experiment=svhn-mnist", {"lr": 1e-3, "solver_iterations": 900}),
-        ("--recipe=demo", {"lr": 1e-3, "mnist_permutation_number": 3, "solver_channel_size": 128}),
+        ("--recipe=demo", {"lr": 1e-3, "image_size": 16, "solver_channel_size": 128}),
         ("--recipe=vae", {"generator": "vae", "solver": "mlp", "solver_iterations": 1000, "temperature": 2}),
         ("--recipe=vae --experiment=split-mnist", {"solver": "mlp", "solver_iterations": 500, "temperature": 4}),
         ("--recipe=vae --experiment=mnist-chain", {"generator": "vae", "solver": "cnn", "solver_iterations": 5000}),
