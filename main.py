@@ -409,6 +409,9 @@ def run_test(options: Options) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    # Weights that nothing but weight decay moves (those that see only black) end as denormal numbers, which CPUs
+    # multiply many times slower. Set before PyTorch starts threads, which take it over.
+    torch.set_flush_denormal(True)
     options = parse(sys.argv[1:] if arguments is None else arguments)
     models.check_machine(options)
     visual.check_tensorboard(options)
