@@ -409,9 +409,6 @@ def run_test(options: Options) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    # Weights that nothing but weight decay moves (those that see only black) end as denormal numbers, which CPUs
-    # multiply many times slower. Set before PyTorch starts threads, which take it over.
-    torch.set_flush_denormal(True)
     options = parse(sys.argv[1:] if arguments is None else arguments)
     models.check_machine(options)
     visual.check_tensorboard(options)
@@ -420,4 +417,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    # Weights that nothing but weight decay moves (those that see only black) end as denormal numbers, which CPUs
+    # multiply many times slower. Set before PyTorch starts threads, which take it over.
+    torch.set_flush_denormal(True)
     utils.run_program(main)

@@ -175,6 +175,8 @@ def call(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess
         except Exception:
             traceback.print_exc()
             status = 1
+        finally:
+            torch.set_flush_denormal(False)  # which main.py sets for its process
     for stream in (out, err):
         stream.flush()
     return subprocess.CompletedProcess(arguments, status, *(s.buffer.getvalue().decode() for s in (out, err)))

@@ -616,9 +616,10 @@ def test_without_its_data_a_generator_is_drawn_and_not_measured(copy_of_trained,
 def test_denormal_numbers_are_zero_on_all_threads():
     """Or float32 training slows down several times: Adam's weight decay alone moves weights that see only black."""
     script = """if True:
-        import contextlib, main, torch
+        import contextlib, runpy, sys, torch
+        sys.argv[1:] = ["--help"]
         with contextlib.suppress(SystemExit):
-            main.main(["--help"])
+            runpy.run_path("main.py", run_name="__main__")
         torch.set_num_threads(2)
         print("\\n", float((torch.full((10**6,), 2.0**-100) * 2.0**-40).max()))
     """
