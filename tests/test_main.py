@@ -613,6 +613,13 @@ def test_without_its_data_a_generator_is_drawn_and_not_measured(copy_of_trained,
     assert not (copy_of_trained / "none").exists()
 
 
+def test_denormal_numbers_are_zero(monkeypatch, tmp_path):
+    told = []
+    monkeypatch.setattr(torch, "set_flush_denormal", lambda on: told.append(on))
+    assert call("main.py", "--help", cwd=tmp_path).returncode == 0 and told == [True, False]  # False: conftest
+
+
+@pytest.mark.slow
 def test_denormal_numbers_are_zero_on_all_threads():
     """Or float32 training slows down several times: Adam's weight decay alone moves weights that see only black."""
     script = """if True:
