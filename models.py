@@ -636,12 +636,9 @@ class WGAN(dgr.Generator):
             with torch.no_grad():
                 loss, distance, gradients = critic_gradients(self.critic, real, fake, y, self.penalty_weight)
             for parameter, gradient in zip(self.critic.parameters(), gradients, strict=True):
-                same = gradient.stride() == parameter.stride()  # or fused Adam would mix up what belongs to what
-                parameter.grad = (
-                    gradient
-                    if same and gradient.dtype == parameter.dtype
-                    else torch.empty_like(parameter).copy_(gradient)
-                )
+                # In its layout, or fused Adam would mix up what belongs to what.
+                same = (gradient.stride(), gradient.dtype) == (parameter.stride(), parameter.dtype)
+                parameter.grad = gradient if same else torch.empty_like(parameter).copy_(gradient)
             self.critic_optimiser.step()
         else:
             loss, distance = gan.critic_loss(self._critic_of(y), real, fake, penalty_weight=self.penalty_weight)
@@ -663,12 +660,9 @@ class WGAN(dgr.Generator):
         Not from more values than 64 images of 32 x 32 have, as it keeps more of them than autograd does.
         """
         critic = self.critic
-        if (
-            x.device.type != "cpu"
-            or type(critic) is not Network
-            or (critic.compute_dtype and not AMX)
-            or x[:, 0].numel() > 2**16
-        ):
+        if x.device.type != "cpu" or type(critic) is not Network or x[:, 0].numel() > 2**16:
+            return False
+        if critic.compute_dtype and not AMX:
             return False
         hooks = any(layer._forward_hooks or layer._forward_pre_hooks for layer in critic.modules())
         known = [*[Convolution, LeakyReLU] * ((len(critic) - 2) // 2), nn.Flatten, nn.Linear]

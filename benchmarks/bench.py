@@ -13,8 +13,8 @@ baseline learns a whole batch from each source, as is usual, where ours learns o
 generator-update-mixed has a baseline that mixes too. Ours and the baseline take turns, and the table has medians.
 `limit_share` is the share of what the device can do: of the floating-point rate of a large matrix product in our number
 format, and for `batch` of the rate of a large copy, both measured in the same run. `against_ratio` is the time of the
-earlier commit's program, which a second process runs, over ours: the median ratio of
-neighbours in time, as some machines change their speed within seconds.
+earlier commit's program, which a second process runs, over ours: the median ratio of neighbours in time,
+as some machines change their speed within seconds.
 """
 
 from __future__ import annotations  # names of types that earlier programs lack
