@@ -143,6 +143,13 @@ class Network(nn.Sequential):
         with torch.autocast(x.device.type, self.compute_dtype):
             return super().forward(x).float()
 
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        """A layer, or a network of some of the layers that computes in the same format."""
+        part = super().__getitem__(index)
+        if isinstance(index, slice):
+            part.compute_dtype = self.compute_dtype
+        return part
+
     def frozen(self) -> "Network":
         """A copy for inference that makes fewer passes over memory.
 
@@ -706,9 +713,8 @@ class VAE(dgr.Generator):
         mean, log_variance = self.encoder(x if y is None else self.with_classes(x.flatten(1), y)).chunk(2, dim=1)
         z = mean + (log_variance / 2).exp() * torch.randn_like(mean)
         z = z if y is None else self.with_classes(z, y)
-        # Noise replay's x may lie outside [0, 1]; diverged weights give NaN, which the task loop reports.
-        p = self.net(z).nan_to_num(0.5)
-        reconstruction = F.binary_cross_entropy(p, x.clamp(0, 1), reduction="sum") / len(x)
+        scores, x = self.net[:-2](z), x.clamp(0, 1)  # before the sigmoid; noise replay's x may lie outside [0, 1]
+        reconstruction = F.binary_cross_entropy_with_logits(scores, x.flatten(1), reduction="sum") / len(x)
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum() / len(x)
         step(self.optimiser, reconstruction + divergence)
         return {"reconstruction": reconstruction.detach(), "divergence": divergence.detach()}
@@ -744,8 +750,7 @@ class Flow(dgr.Generator):
             self.seen[y] = 1
             y = F.one_hot(y.repeat(self.draws), self.classes)
         x_t = (1 - t) * torch.randn_like(x).flatten(1) + t * (2 * x - 1).flatten(1)
-        estimate = self.net.estimate(x_t, t, y).nan_to_num(0.5)  # diverged weights, which the task loop reports
-        loss = F.binary_cross_entropy(estimate, x)
+        loss = F.binary_cross_entropy_with_logits(self.net.scores(x_t, t, y), x.flatten(1))
         step(self.optimiser, loss)
         return {"flow-matching": loss.detach()}
 
@@ -767,11 +772,15 @@ class Trajectory(nn.Module):
         self.layers = Network(first, residual(), residual(), nn.SiLU(), last, Sigmoid(), nn.Unflatten(1, shape))
         self.register_buffer("frequency", 1000 ** (1 - torch.arange(self.frequencies) / self.frequencies))
 
-    def estimate(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """What x (n, channels, 32, 32) is on average, given x_t (n, pixels) at t (n, 1) and classes y (n, classes)."""
+    def scores(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """The estimate before the sigmoid: (n, pixels)."""
         angle = t * self.frequency
         parts = [x_t, angle.sin(), angle.cos()] + ([] if y is None else [y.to(x_t)])
-        return self.layers(torch.cat(parts, dim=1))
+        return self.layers[:-2](torch.cat(parts, dim=1))
+
+    def estimate(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """What x (n, channels, 32, 32) is on average, given x_t (n, pixels) at t (n, 1) and classes y (n, classes)."""
+        return self.layers[-2:](self.scores(x_t, t, y))
 
     def forward(self, noise: Tensor) -> Tensor:
         x, y = noise.split([self.pixels, noise.shape[1] - self.pixels], dim=1)
