@@ -267,7 +267,7 @@ def test_lists_given_twice_add_up(tmp_path):
         ("--recipe=vae", {"generator": "vae", "solver": "mlp", "solver_iterations": 1000, "temperature": 2}),
         ("--recipe=vae --experiment=split-mnist", {"solver": "mlp", "solver_iterations": 500, "temperature": 4}),
         ("--recipe=vae --experiment=mnist-chain", {"generator": "vae", "solver": "cnn", "solver_iterations": 5000}),
-        ("--recipe=best", {"generator": "vae", "solver": "mlp", "lr": 1e-3, "lr_schedule": "linear", "batch_size": 128}),
+        ("--recipe=best", {"generator": "vae", "lr": 1e-3, "lr_schedule": "linear", "batch_size": 128}),
         ("--recipe=best --experiment=split-mnist", {"generator": "wgan", "solver_channel_size": 256, "lr": 5e-4}),
         ("--recipe=best --experiment=mnist-chain", {"generator": "wgan", "generator_iterations": 14000, "lr": 5e-4}),
         ("--recipe=best --experiment=mnist-svhn", {"generator": "wgan", "solver_channel_size": 256, "lr": 1e-4}),
