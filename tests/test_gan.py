@@ -618,6 +618,17 @@ def test_vae_loss_is_the_negative_evidence_lower_bound():
     torch.testing.assert_close(vae.update(lambda: x), expected)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_some_layers_of_a_network_compute_in_its_format(dtype):
+    """The VAE's loss takes the scores before the sigmoid."""
+    network = small_scholar(generator="vae").generator.net
+    network.compute_dtype = dtype
+    z = torch.randn(3, network[0].in_features)
+    scores = network[:-2](z)
+    assert scores.dtype == torch.float32 and network[:-2].compute_dtype is dtype
+    torch.testing.assert_close(scores.sigmoid(), network(z).flatten(1), rtol=0, atol=0)
+
+
 def test_flow_learns_and_is_remembered_like_any_generator():
     flow = small_scholar(generator="flow").generator
     losses = [float(flow.update(lambda: bars(8))["flow-matching"]) for _ in range(60)]
