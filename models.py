@@ -688,7 +688,8 @@ class VAE(dgr.Generator):
     """A variational autoencoder of linear layers (Kingma and Welling 2014, arXiv 1312.6114).
 
     Its images are blurred, but it never collapses, it is cheap, and the order of pixels does not matter to it. Encoder
-    and decoder have two hidden layers of 16 * generator_g_channel_size units each.
+    and decoder have two hidden layers of 16 * generator_g_channel_size units each. The last two layers of `net` are a
+    sigmoid and the shape of an image; `learn` takes what comes before them.
     """
 
     captured = ("learn",)
