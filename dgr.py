@@ -286,12 +286,16 @@ class ModelReplay(ReplayMode):
     def inputs(self, n: int) -> Tensor:
         return self._next("inputs", n)[0]
 
+    def pooled(self) -> Pairs:
+        """All pairs of the pool, drawn when they are first needed."""
+        if "pairs" not in self._drawn:
+            blocks = [self.draw_pairs(self.block) for _ in range(-(-self.pool // self.block))]
+            self._drawn["pairs"] = tuple(torch.cat(parts)[: self.pool] for parts in zip(*blocks, strict=True))
+        return self._drawn["pairs"]
+
     def _next(self, kind: str, n: int) -> tuple[Tensor, ...]:
         if self.pool:
-            if "pairs" not in self._drawn:
-                blocks = [self.draw_pairs(self.block) for _ in range(-(-self.pool // self.block))]
-                self._drawn["pairs"] = tuple(torch.cat(parts)[: self.pool] for parts in zip(*blocks, strict=True))
-            pairs = self._drawn["pairs"]
+            pairs = self.pooled()
             rows = torch.randint(self.pool, (n,), device=pairs[0].device)
             return tuple(part[rows] for part in pairs)
         drawn = self._drawn.get(kind, ())
@@ -446,11 +450,13 @@ def mixed_inputs(current: Source, replay: Source | None, r: float, n: int) -> Te
 def mixed_pairs(current: Source, replay: Source | None, r: float, n: int) -> Pairs:
     """`mixed_inputs` for a conditional generator: inputs and their classes (n,), the most probable ones if soft."""
     if replay is None or r == 1:
-        return current.sample(n)
-    k = number_of_current(r, n)
-    (x, y), (x_replayed, y_replayed) = current.sample(k), replay.sample(n - k)
-    y_replayed = y_replayed.argmax(dim=1) if y_replayed.is_floating_point() else y_replayed
-    return torch.cat([x, x_replayed]), torch.cat([y, y_replayed])
+        pairs = [current.sample(n)]
+    else:
+        k = number_of_current(r, n)
+        pairs = [current.sample(k), replay.sample(n - k)]
+    # In a chain, current ones may be soft, too.
+    classes = [y.argmax(dim=1) if y.is_floating_point() else y for _, y in pairs]
+    return torch.cat([x for x, _ in pairs]), torch.cat(classes)
 
 
 def number_of_current(r: float, n: int) -> int:

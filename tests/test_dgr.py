@@ -500,6 +500,7 @@ def test_mixed_pairs_are_current_with_probability_r_and_classes_even_where_repla
     x, y = dgr.mixed_pairs(Constant(0.1, 1), Soft(0.9, 2), 0.3, 4000)
     assert torch.equal(x[:, 0, 0, 0] > 0.5, y == 2)
     assert (y == 1).float().mean().item() == pytest.approx(0.3, abs=0.037)  # five standard deviations
+    assert dgr.mixed_pairs(Soft(0.9, 2), None, 1.0, 4)[1].tolist() == [2, 2, 2, 2]  # in a chain
 
 
 # ----------------------------------------------------------------------------------------------- the modules
