@@ -433,7 +433,7 @@ class RunPaths:
 
     def need(self, scholar: Path) -> None:
         """Raise a UserError, with the way out, if this scholar of the run is missing."""
-        if not scholar.exists() and self.resumable:
+        if not scholar.exists() and self.resumable and not self.has_results:
             raise UserError(f"no scholar at {scholar} yet: finish the run, with --train, --resume and the same flags")
         if not scholar.exists() and self.has_results:
             again = f"train it again, without --resume or after renaming {self.results}"
@@ -787,10 +787,6 @@ class Setting:
         self.first = self.shown[0]
         self.label = self.first.replay_mode
         self.measures_generator = all(run.generator_measure("frechet_distance") for run in self.shown)
-
-    def matrix(self) -> np.ndarray:
-        """The precision matrix, averaged over seeds; NaN where nothing was measured."""
-        return np.mean([np.array(run.summary["precision"], dtype=float) for run in self.finished], axis=0)
 
     def curve(self, of: Callable[[Run], Curve], ends: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Iterations, mean and standard deviation over seeds, wherever all runs were measured, or at ends of tasks."""

@@ -288,7 +288,7 @@ def test_dry_run_is_the_list_of_commands(tmp_path):
 def test_own_tasks_through_a_link_and_lines_that_work_from_anywhere(tmp_path, small_mnist):
     write_task(tmp_path / "my task.npz")
     (tmp_path / "link").symlink_to(ROOT / "run_full_experiments")
-    own = ["--tasks", "my task.npz", "mnist", f"--data-dir={small_mnist}", *TINY]
+    own = ["--tasks", "my task.npz", "--tasks", "mnist", f"--data-dir={small_mnist}", *TINY]
     command = [sys.executable, "link", *own, "--seeds=0-1", "--dry-run"]
     lines = subprocess.check_output(command, cwd=tmp_path, text=True).splitlines()
     assert len(lines) == 6
@@ -352,6 +352,7 @@ def test_targets_are_no_flag_of_runs_without_replay(full):
         (["mnist"], "'mnist'"),
         (["--replay-mode=none"], "--replay-mode: each run sets its own"),
         (["permutated-mnist", "--lr=x"], "--lr"),
+        (["permutated-mnist", "--temperature"], "--temperature"),
         (["--quick", "permutated-mnist"], "before the flags"),
         (["--seeds=0-2", "--seed=1"], "--seed: each run sets its own"),
         (["--experiment=mnist-svhn"], "name experiments before the flags"),

@@ -554,6 +554,10 @@ def test_a_missing_scholar_of_a_finished_run_is_named_with_the_way_out(copy_of_t
     for process in (train(copy_of_trained, small_mnist, "--resume"), draw(copy_of_trained)):
         process.stderr = process.stderr.strip().splitlines()[-1]
         assert_one_line_error(process, 1, f"no scholar at checkpoints/{NAME}", "put it back", "without --resume")
+    left = scholar.with_name(f"{NAME}.unfinished.previous")  # as by a run that is stopped while it tidies up
+    left.touch()
+    assert_one_line_error(draw(copy_of_trained), 1, f"no scholar at checkpoints/{NAME}", "put it back")
+    left.unlink()
     kept.rename(scholar)
     (copy_of_trained / f"results/{NAME}/precision.png").unlink()
     assert "nothing to resume" in train(copy_of_trained, small_mnist, "--resume").stdout
