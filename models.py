@@ -282,12 +282,6 @@ class Bilinear(torch.autograd.Function):
     """`Direct` as a function of images and the weight (transposed: of outputs and the weight), with any derivatives."""
 
     @staticmethod
-    def of(layer: nn.Module, x: Tensor, way: Direct, shape: Sequence[int]) -> Tensor:
-        dtype = computes_in(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return Bilinear.apply(x.to(dtype), layer.weight.to(dtype), way, shape, layer.transposed)
-
-    @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, way: Direct, shape: Sequence[int], transposed: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.way, ctx.transposed = way, transposed
@@ -412,24 +406,29 @@ def choose_way(
     return Direct(k, stride, padding) if amx and learns and layer.bias is None and places <= 16 * c_out else None
 
 
+def computed(layer: nn.Module, x: Tensor, way: Products, shape: Sequence[int]) -> Tensor:
+    """What a layer makes of x in this way; shape: (n, height, width, channels) of that."""
+    x, dtype = x.permute(0, 2, 3, 1), computes_in(x)
+    if isinstance(way, Direct):
+        with torch.autocast(x.device.type, enabled=False):
+            return Bilinear.apply(x.to(dtype), layer.weight.to(dtype), way, shape, layer.transposed).permute(0, 3, 1, 2)
+    sides = (way.of_images, way.images), (way.of_outputs, way.outputs)
+    (take, untake), (ungive, give) = sides[::-1] if layer.transposed else sides  # each beside its adjoint
+    factors = WithAdjoint.apply(x, take, partial(untake, shape=x.shape))
+    weight = WithAdjoint.apply(layer.weight, way.of_weight, partial(way.weight, shape=layer.weight.shape))
+    if isinstance(way, Patches) and not layer.transposed:
+        return way.convolution(factors, weight, layer.bias, shape).permute(0, 3, 1, 2)
+    y = WithAdjoint.apply(factors @ (weight if layer.transposed else weight.mT), partial(give, shape=shape), ungive)
+    y = y if layer.bias is None else y + layer.bias.to(y.dtype)
+    return y.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+
+
 class Convolution(nn.Conv2d):
     """A square convolution with zero padding, not grouped, not dilated; on a CPU computed as `choose_way` says."""
 
     def forward(self, x: Tensor) -> Tensor:
         way, shape = self.way(x)
-        if way is None:
-            return super().forward(x)
-        x = x.permute(0, 2, 3, 1)
-        if isinstance(way, Direct):
-            return Bilinear.of(self, x, way, shape).permute(0, 3, 1, 2)
-        factors = WithAdjoint.apply(x, way.of_images, partial(way.images, shape=x.shape))
-        weight = WithAdjoint.apply(self.weight, way.of_weight, partial(way.weight, shape=self.weight.shape))
-        if isinstance(way, NineProducts):
-            y = WithAdjoint.apply(factors @ weight.mT, partial(way.outputs, shape=shape), way.of_outputs)
-            y = y if self.bias is None else y + self.bias
-        else:
-            y = way.convolution(factors, weight, self.bias, shape)
-        return y.permute(0, 3, 1, 2)
+        return super().forward(x) if way is None else computed(self, x, way, shape)
 
     def way(self, x: Tensor, channels: int = 64) -> tuple[Products | None, tuple[int, int, int, int]]:
         """See `choose_way`, and (n, height, width, channels) of outputs."""
@@ -448,15 +447,8 @@ class TransposedConvolution(nn.ConvTranspose2d):
         n, _, height, width = x.shape
         least = 64 if torch.is_grad_enabled() else 128  # channels: PyTorch's own is slow above all in the gradients
         way = choose_way(self, x, 2 * height, 2 * width, n * height * width, least)
-        if way is None:
-            return super().forward(x)
-        x, shape = x.permute(0, 2, 3, 1), (n, 2 * height, 2 * width, self.out_channels)
-        if isinstance(way, Direct):
-            return Bilinear.of(self, x, way, shape).permute(0, 3, 1, 2)
-        factors = WithAdjoint.apply(x, way.of_outputs, partial(way.outputs, shape=x.shape))
-        weight = WithAdjoint.apply(self.weight, way.of_weight, partial(way.weight, shape=self.weight.shape))
-        y = WithAdjoint.apply(factors @ weight, partial(way.images, shape=shape), way.of_images).permute(0, 3, 1, 2)
-        return (y if self.bias is None else y + self.bias[:, None, None]).contiguous(memory_format=torch.channels_last)
+        shape = n, 2 * height, 2 * width, self.out_channels
+        return super().forward(x) if way is None else computed(self, x, way, shape)
 
 
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d, Convolution, TransposedConvolution)
@@ -946,19 +938,9 @@ def inherit(scholar: dgr.Scholar, state: dict[str, Any]) -> None:
     scholar.load_state_dict({name: widen(value, fresh.get(name, value)) for name, value in state.items()})
 
 
-class AmongMore(nn.Module):
-    """A network that scores some classes, among more: the score of those that it does not know is minus infinity."""
-
-    def __init__(self, net: nn.Module, classes: int):
-        super().__init__()
-        self.net, self.classes = net, classes
-
-    def forward(self, x: Tensor) -> Tensor:
-        scores = self.net(x)
-        return F.pad(scores, (0, self.classes - scores.shape[1]), value=-torch.inf)
-
-    def frozen(self) -> "AmongMore":
-        return AmongMore(dgr.frozen(self.net), self.classes).eval()
+def among_more(net: nn.Module, more: int) -> nn.Module:
+    """A frozen network that scores more classes: the score of those that it does not know is minus infinity."""
+    return nn.Sequential(dgr.frozen(net), nn.ConstantPad1d((0, more), -torch.inf)).eval()
 
 
 def sample_grid(generator: dgr.Generator, n: int, seed: int) -> Tensor:
@@ -1022,16 +1004,6 @@ def set_deterministic(on: bool) -> None:
     torch.use_deterministic_algorithms(on, warn_only=True)
 
 
-def cpu_is_faster_in_bfloat16() -> bool:
-    """Whether the CPU has AMX, or is an AMD with AVX512-BF16 (on Intel, that alone is slower: benchmarks/README.md).
-
-    A rule, not a measurement, so that a seed gives the same result every time on one machine.
-    """
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # missing in the oldest versions supported
-    amd = capabilities.get("cpu_name", "").startswith("AMD")
-    return AMX or (amd and capabilities.get("avx512_bf16", False))
-
-
 def choose_dtype(dtype: str, device: torch.device, *, cuda_graphs: bool = False) -> torch.dtype | None:
     """What networks compute in: bfloat16, or None for float32 (on a GPU also tf32, which is set here)."""
     gpu = device.type == "cuda"
@@ -1039,7 +1011,10 @@ def choose_dtype(dtype: str, device: torch.device, *, cuda_graphs: bool = False)
         # Its casts are a third more kernels, each of which Python launches unless there are graphs. Not measured yet.
         dtype = "bfloat16" if cuda_graphs else "tf32"
     elif dtype == "auto":
-        dtype = "bfloat16" if device.type == "cpu" and cpu_is_faster_in_bfloat16() else "float32"
+        cpu = getattr(torch.cpu, "get_capabilities", dict)()  # missing in the oldest versions supported
+        amd = cpu.get("cpu_name", "").startswith("AMD")  # on Intel, AVX512-BF16 is slower: benchmarks/README.md
+        faster = AMX or (amd and cpu.get("avx512_bf16"))  # a rule: a measurement would not always say the same
+        dtype = "bfloat16" if device.type == "cpu" and faster else "float32"
     if gpu:
         torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
         torch.backends.cudnn.allow_tf32 = dtype == "tf32"
@@ -1118,12 +1093,7 @@ class Captured:
         # thread_local, or the pinned memory of a data loader's thread would break the recording too.
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             values = work()
-
-        def replay() -> dict[str, Tensor]:
-            graph.replay()
-            return values
-
-        return replay
+        return lambda: graph.replay() or values  # `CUDAGraph.replay` returns None
 
 
 # ------------------------------------------------------------- the classifier whose features measure generators

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -476,14 +475,6 @@ def optimisers(scholar: dgr.Scholar) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------ measures of a generator
 
 
-def learned_tasks(checkpoint: dict[str, Any], tasks: Sequence[Task]) -> list[Task]:
-    """The tasks that a kept scholar has learned; raises UserError if it has learned from other data, too."""
-    learned = set(checkpoint["learned"])
-    if learned - {task.train.checksum for task in tasks}:
-        raise UserError("the scholar has learned from other data than those of these flags")
-    return [task for task in tasks if task.train.checksum in learned]
-
-
 def measure_generator(
     scholar: dgr.Scholar,
     tasks: Sequence[Task],
@@ -504,13 +495,12 @@ def measure_generator(
     targets = options.targets if options.replay_targets in kinds else dgr.Targets(kinds[0])
     with own_random_numbers(real.device, 0):
         replay = dgr.GenerativeReplay(scholar, [], targets)
-        replay.block = images_at_once
-        pairs = [replay.sample(len(part)) for part in labels.split(images_at_once)]
-        drawn, answers = map(torch.cat, zip(*pairs, strict=True))
+        replay.block, replay.pool = images_at_once, len(real)
+        drawn, answers = replay.pooled()
         if drawn.shape != real.shape:
             raise UserError(f"images of the data are {tuple(real.shape[1:])}, the generator's {tuple(drawn.shape[1:])}")
         solver = new_scholar().solver.to(real.device)
-        capacity = fitting_capacity(solver, (drawn, answers), tests, options, images_at_once)
+        capacity = fitting_capacity(solver, replay, tests, options, images_at_once)
     (seen, classes), (seen_drawn, classes_drawn) = (features(classifier, x, images_at_once) for x in (real, drawn))
     among_real, among_drawn = precision_and_recall(seen, seen_drawn)
     answers = answers.argmax(dim=1) if answers.is_floating_point() else answers
@@ -569,19 +559,14 @@ def precision_and_recall(real: Tensor, drawn: Tensor, k: int = 3, block: int = 1
 
 
 def fitting_capacity(
-    solver: dgr.Solver, pairs: dgr.Pairs, tests: Sequence[Split], options: TrainingOptions, images_at_once: int
+    solver: dgr.Solver, replay: dgr.Source, tests: Sequence[Split], options: TrainingOptions, images_at_once: int
 ) -> float:
-    """The mean precision on tests of a solver that learns replayed pairs alone, drawn from these with replacement.
+    """The mean precision on tests of a solver that learns replayed pairs alone.
 
     The name is from Lesort et al. 2019 (arXiv 1806.10840).
     """
-
-    def sample(n: int) -> dgr.Pairs:
-        rows = torch.randint(len(pairs[0]), (n,), device=pairs[0].device)
-        return pairs[0][rows], pairs[1][rows]
-
     iterations, size = options.solver_iterations, options.batch_size
     settings = {"r": 1.0, "iterations": iterations, "batch_size": size, "temperature": options.temperature}
-    for done, _ in enumerate(dgr.learn_solver(solver, SimpleNamespace(sample=sample), None, **settings), start=1):
+    for done, _ in enumerate(dgr.learn_solver(solver, replay, None, **settings), start=1):
         set_learning_rates(solver, options.lr_schedule, done / iterations)
     return sum(precision(solver.remember(), test, images_at_once) for test in tests) / len(tests)

@@ -416,7 +416,7 @@ def test_a_kept_scholar_answers_among_the_classes_it_knows_and_a_wider_one_start
         assert torch.equal(wider[:10] if name in head else wider, value), name
         assert name not in head or torch.equal(wider[10:], fresh[name][10:])
     expected = old.solver.answer_softly(x, 2.0)
-    old.solver.net = models.AmongMore(old.solver.net, 14)
+    old.solver.net = models.among_more(old.solver.net, 4)
     softly = old.remember().solver.answer_softly(x, 2.0)
     torch.testing.assert_close(softly[:, :10], expected)
     assert softly.shape == (6, 14) and not softly[:, 10:].any() and old.solver.answer(x).max() < 10
@@ -508,7 +508,7 @@ def measure(small_mnist, images, classifier, **changes):
 def test_measures_tell_real_images_from_those_of_one_class(small_mnist, classifier):
     train_split = small_tasks(small_mnist)[0].train
     every = measure(small_mnist, train_split.batch(slice(None))[0], classifier)
-    one = measure(small_mnist, train_split.with_classes(torch.tensor([3])).batch(slice(None))[0], classifier)
+    one = measure(small_mnist, train_split.take(train_split.labels == 3).batch(slice(None))[0], classifier)
     assert every["classifier_precision"] == every["label_agreement"] == 1
     assert one["class_share"] == [0, 0, 0, 1, 0, 0, 0, 0, 0, 0] and min(every["class_share"]) > 0
     assert sum(every["class_share"]) == pytest.approx(1)
