@@ -399,7 +399,8 @@ def draw_all(runs: list[Run]) -> None:
         if measured := [setting for setting in settings if setting.measures_generator]:
             utils.label(measured)
             title, picture = f"{experiment}: what the generator knows after each task", f"{experiment}-generator"
-            sections += [f"### {experiment}, the generator", ""]
+            of = "; ".join(f"{s.first.recipe}, {s.first.replay_mode} {code(s.first.flags)}".strip() for s in measured)
+            sections += [f"### {experiment}, the generator", "", f"Measured: {of}.", ""]
             sections += write_picture(visual.generator_figure(measured), picture, title)
         others += (
             [f"### Other settings: {experiment}", "", visual.markdown([row_of(s) for s in rest]), ""] if rest else []
