@@ -406,8 +406,8 @@ def choose_way(
     return Direct(k, stride, padding) if amx and learns and layer.bias is None and places <= 16 * c_out else None
 
 
-def computed(layer: nn.Module, x: Tensor, way: Products, shape: Sequence[int]) -> Tensor:
-    """What a layer makes of x in this way; shape: (n, height, width, channels) of that."""
+def convolve(layer: nn.Module, x: Tensor, way: Products, shape: Sequence[int]) -> Tensor:
+    """The outputs of a convolution, or of a transposed one, computed this way; shape: theirs, channels last."""
     x, dtype = x.permute(0, 2, 3, 1), computes_in(x)
     if isinstance(way, Direct):
         with torch.autocast(x.device.type, enabled=False):
@@ -428,7 +428,7 @@ class Convolution(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         way, shape = self.way(x)
-        return super().forward(x) if way is None else computed(self, x, way, shape)
+        return super().forward(x) if way is None else convolve(self, x, way, shape)
 
     def way(self, x: Tensor, channels: int = 64) -> tuple[Products | None, tuple[int, int, int, int]]:
         """See `choose_way`, and (n, height, width, channels) of outputs."""
@@ -448,7 +448,7 @@ class TransposedConvolution(nn.ConvTranspose2d):
         least = 64 if torch.is_grad_enabled() else 128  # channels: PyTorch's own is slow above all in the gradients
         way = choose_way(self, x, 2 * height, 2 * width, n * height * width, least)
         shape = n, 2 * height, 2 * width, self.out_channels
-        return super().forward(x) if way is None else computed(self, x, way, shape)
+        return super().forward(x) if way is None else convolve(self, x, way, shape)
 
 
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d, Convolution, TransposedConvolution)

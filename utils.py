@@ -788,6 +788,10 @@ class Setting:
         self.label = self.first.replay_mode
         self.measures_generator = all(run.generator_measure("frechet_distance") for run in self.shown)
 
+    def matrix(self) -> np.ndarray:
+        """The precision matrix, averaged over seeds; NaN where nothing was measured."""
+        return np.mean([np.array(run.summary["precision"], dtype=float) for run in self.finished], axis=0)
+
     def curve(self, of: Callable[[Run], Curve], ends: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Iterations, mean and standard deviation over seeds, wherever all runs were measured, or at ends of tasks."""
         curves, every = [of(run) for run in self.shown], self.first.lengths["solver"] if ends else 1

@@ -487,8 +487,7 @@ def matrix_figure(settings: Sequence[Setting]) -> "Figure | None":
         return None
     figure, all_axes = panels(len(settings), settings, height=3.6)
     for axes, setting in zip(all_axes, settings, strict=True):
-        tasks, matrices = len(setting.first.tasks), [run.summary["precision"] for run in setting.finished]
-        matrix = np.mean(np.array(matrices, dtype=float), axis=0)  # NaN where nothing was measured
+        matrix, tasks = setting.matrix(), len(setting.first.tasks)
         image = axes.imshow(matrix, vmin=0, vmax=1, cmap="cividis", extent=(0.5, tasks + 0.5, tasks + 0.5, 0.5))
         axes.set(title=textwrap.fill(setting.label, 38), xlabel="precision on task", ylabel="after task")
         axes.locator_params(nbins=NUMBERS, integer=True)

@@ -472,6 +472,7 @@ def test_runs_are_found_and_seeds_gathered(results):
     xs, mean, deviation = settings[0].curve(Run.average_precision)
     assert xs.tolist() == [3, 12]
     assert mean == pytest.approx([0.85, 0.75]) and deviation == pytest.approx([0.1 / 2**0.5] * 2)
+    assert settings[0].matrix()[1] == pytest.approx([0.45, 0.95])
     assert visual.cells(settings[0])["average precision"] == "0.700 ± 0.071"
 
 
