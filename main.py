@@ -48,12 +48,13 @@ FLOW |= {"solver": "mlp", "solver_channel_size": 400, "solver_iterations": 500}
 # The defaults that each recipe sets: for the experiments named, and ("") for all others.
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "2017": {"": {}},
-    "best": {"": BEST, "permutated-mnist": BEST_PERMUTED, "mnist-svhn": NARROW, "svhn-mnist": BEST | {"lr": 1e-3}},
+    "best": {"": BEST, "permutated-mnist": BEST_PERMUTED, "svhn-mnist": BEST | {"lr": 1e-3}},
     "quick": {"": QUICK, "svhn-mnist": QUICK_SVHN, "split-svhn": QUICK_SVHN},
     "demo": {"": DEMO},
     "flow": {"": FLOW},
     "vae": {"": VAE, "split-mnist": VAE | {"solver_iterations": 500, "temperature": 4.0}},
 }
+RECIPES["best"]["mnist-svhn"] = BEST | {"generator": "vae", "lr": 1e-3, "batch_size": 64}
 RECIPES["best"]["mnist-chain"], RECIPES["vae"]["mnist-chain"] = BEST | BEST_CHAIN, VAE | VAE_CHAIN
 
 
