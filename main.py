@@ -41,6 +41,8 @@ QUICK_SVHN = QUICK | {"generator_iterations": 600, "solver_iterations": 900}
 DEMO = QUICK | {"image_size": 16, "generator_c_updates_per_g_update": 3, "generator_iterations": 300}
 DEMO |= {"solver_channel_size": 128, "solver_iterations": 500}
 VAE = SOFT | {"generator": "vae", "solver": "mlp", "lr": 1e-3, "batch_size": 128}
+BEST_SVHN = BEST | {"lr": 1e-3, "batch_size": 64}
+BEST_SVHN_MNIST = BEST_SVHN | {"generator_z_size": 32, "generator_iterations": 1500, "temperature": 4.0}
 BEST_PERMUTED = VAE | {"lr_schedule": "linear", "generator_z_size": 32}
 VAE_CHAIN = {"solver": "cnn", "solver_channel_size": 128, "solver_iterations": 5000, "temperature": 4.0}
 FLOW = QUICK | {"generator": "flow", "generator_iterations": 1500, "replay_pool": 10_000}
@@ -48,13 +50,13 @@ FLOW |= {"solver": "mlp", "solver_channel_size": 400, "solver_iterations": 500}
 # The defaults that each recipe sets: for the experiments named, and ("") for all others.
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "2017": {"": {}},
-    "best": {"": BEST, "permutated-mnist": BEST_PERMUTED, "svhn-mnist": BEST | {"lr": 1e-3}},
+    "best": {"": BEST, "permutated-mnist": BEST_PERMUTED, "svhn-mnist": BEST_SVHN_MNIST},
     "quick": {"": QUICK, "svhn-mnist": QUICK_SVHN, "split-svhn": QUICK_SVHN},
     "demo": {"": DEMO},
     "flow": {"": FLOW},
     "vae": {"": VAE, "split-mnist": VAE | {"solver_iterations": 500, "temperature": 4.0}},
 }
-RECIPES["best"]["mnist-svhn"] = BEST | {"generator": "vae", "lr": 1e-3, "batch_size": 64}
+RECIPES["best"]["mnist-svhn"] = BEST_SVHN | {"generator": "vae"}
 RECIPES["best"]["mnist-chain"], RECIPES["vae"]["mnist-chain"] = BEST | BEST_CHAIN, VAE | VAE_CHAIN
 
 

@@ -271,7 +271,7 @@ def test_lists_given_twice_add_up(tmp_path):
         ("--recipe=best --experiment=split-mnist", {"generator": "wgan", "solver_channel_size": 256, "lr": 5e-4}),
         ("--recipe=best --experiment=mnist-chain", {"generator": "wgan", "generator_iterations": 14000, "lr": 5e-4}),
         ("--recipe=best --experiment=mnist-svhn", {"generator": "vae", "solver_channel_size": 256, "lr": 1e-3}),
-        ("--recipe=best --experiment=svhn-mnist", {"generator": "wgan", "lr": 1e-3, "lr_schedule": "linear"}),
+        ("--recipe=best --experiment=svhn-mnist", {"generator": "wgan", "lr": 1e-3, "temperature": 4}),
         ("--recipe=best --tasks mnist svhn", {"generator": "wgan", "solver_channel_size": 256, "lr": 5e-4}),
         ("--recipe=quick --replay-targets=hard", {"replay_targets": "hard", "temperature": 1}),
         ("--recipe=quick --replay-mode=exact-replay", {"replay_targets": "true", "temperature": 1}),
