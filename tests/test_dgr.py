@@ -386,6 +386,17 @@ def test_replay_teaches_the_old_heads_and_the_current_task_its_own(kind):
     torch.testing.assert_close(loss, expected)
 
 
+def test_lwf_moves_the_shared_layers():
+    """differences.md, 31: r = 0 leaves the old solver's answers as the only thing to learn."""
+    scholar = dgr.Scholar(small_scholar().generator, two_headed(weight_decay=0.0))
+    replay = make_replay(dgr.LwF, scholar, dgr.Targets("soft", 2.0))
+    before, current = state(scholar.solver), dgr.OwnHead(replay.current, 1, 2)
+    nn.init.normal_(scholar.solver.net[-1][0].weight)  # or answers and scores would be the same
+    list(dgr.learn_solver(scholar.solver, current, replay, r=0.0, iterations=1, batch_size=4, temperature=2.0))
+    shared = [name for name, _ in scholar.solver.net[:-1].named_parameters()]
+    assert all(not torch.equal(scholar.solver.net.get_parameter(name), before[f"net.{name}"]) for name in shared)
+
+
 def test_hard_and_soft_targets_of_the_same_classes_weigh_the_same():
     """differences.md, 27."""
     scores, y = torch.randn(6, 10), torch.randint(10, (6,))
