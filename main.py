@@ -423,7 +423,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # Weights that nothing but weight decay moves (those that see only black) end as denormal numbers, which CPUs
-    # multiply many times slower. Set before PyTorch starts threads, which take it over.
-    torch.set_flush_denormal(True)
     utils.run_program(main)

@@ -446,5 +446,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_flush_denormal(True)  # as main.py does
     utils.run_program(run)

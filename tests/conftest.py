@@ -176,7 +176,7 @@ def call(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess
             traceback.print_exc()
             status = 1
         finally:
-            torch.set_flush_denormal(False)  # which main.py sets for its process
+            torch.set_flush_denormal(False)  # which utils.run_program sets for its process
     for stream in (out, err):
         stream.flush()
     return subprocess.CompletedProcess(arguments, status, *(s.buffer.getvalue().decode() for s in (out, err)))
