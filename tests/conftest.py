@@ -192,8 +192,9 @@ def assert_one_line_error(process: subprocess.CompletedProcess, status: int, *wo
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def same_start():
     torch.manual_seed(0)
+    torch.set_flush_denormal(False)  # which an example, or what else runs in this process, may have set
 
 
 class Recording(TorchDispatchMode):
