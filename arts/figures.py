@@ -273,7 +273,8 @@ def draw(experiment: str, name: str, settings: list[Setting]) -> list[str]:
     stem, text = f"{experiment}-{name}".replace("=", "-"), [f"### {experiment}, {name.replace('-', ', ', 1)}", ""]
     chain = settings[0].first.summary["precision"][-1][0] is None
     for kind, title in KINDS.items():
-        figure = None if chain and kind == "average" else visual.FIGURES[kind](settings)  # the two would be the same
+        says_the_same = kind == "average" and (chain or len(settings[0].first.tasks) < 3)  # as the precisions do
+        figure = None if says_the_same else visual.FIGURES[kind](settings)
         text += write_picture(figure, f"{stem}-{kind}", f"{experiment}: {title}") if figure else []
     if visual.save_animation(settings, ARTS / f"{stem}.gif"):
         text += [f"![{experiment}: samples through training]({stem}.gif)", ""]

@@ -7,9 +7,9 @@
 
 A variation is what the 2017 repository does (docs/differences.md), a flag, or more or less of something, on permuted
 MNIST, smaller than the quick recipe. A lever is something that the literature or users suggest, on split MNIST with a
-small VAE and MLP, where exact replay is far ahead; precision is that on held-out training images, as levers are chosen
-by it. Each run takes minutes on one core. Runs go to results/ablations (levers), and their precisions to
-results/ablations.json (levers.json), beside those of earlier calls with the same flags and seeds.
+small VAE and MLP (some: WGAN-GP and CNN), where exact replay is ahead; precision is that on held-out training images,
+as levers are chosen by it. Each run takes minutes on one core. Runs go to results/ablations (levers), and their
+precisions to results/ablations.json (levers.json), beside those of earlier calls with the same flags and seeds.
 """
 
 import contextlib
@@ -237,9 +237,14 @@ LEVER_FLAGS = [
 ]
 
 
-def averaging(part: type, remembered: Callable[[nn.Module], nn.Module], decay: float) -> dict[tuple[Any, str], Any]:
-    """A generator or solver with a moving average of its weights, which is what is remembered."""
-    initialise, learn = part.__init__, part.learn
+def averaging(
+    part: type, remembered: Callable[[nn.Module], nn.Module], decay: float, step: str = "learn"
+) -> dict[tuple[Any, str], Any]:
+    """A generator or solver with a moving average of its weights, which is what is remembered.
+
+    step: its method that changes them.
+    """
+    initialise, learn = part.__init__, getattr(part, step)
 
     def initialising(self: Any, *arguments: Any) -> None:
         initialise(self, *arguments)
@@ -252,7 +257,7 @@ def averaging(part: type, remembered: Callable[[nn.Module], nn.Module], decay: f
 
     return {
         (part, "__init__"): initialising,
-        (part, "learn"): learning,
+        (part, step): learning,
         (part, "remember"): remembered,
     }
 
@@ -263,6 +268,13 @@ def averaged_generator(generator: dgr.Generator) -> dgr.Generator:
 
 def averaged_solver(solver: dgr.Solver) -> dgr.Solver:
     return dgr.Solver(dgr.frozen(solver.average.module)).eval()
+
+
+def noisy_critic(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """A loss of WGAN-GP whose critic sees all images through noise (Sønderby et al. 2017, arXiv 1610.04490)."""
+    return lambda critic, *images, **settings: loss(
+        lambda x: critic(x + 0.1 * torch.randn_like(x)), *images, **settings
+    )
 
 
 def beginning_anew(learn_task: Callable[[train.Training], None]) -> Callable[[train.Training], None]:
@@ -329,11 +341,20 @@ def with_dropout(initialise: Callable[..., None]) -> Callable[..., None]:
     return initialising
 
 
+WGAN = [
+    *("--generator=wgan", "--solver=cnn", "--image-size=16", "--batch-size=64"),
+    *("--generator-c-channel-size=16", "--generator-g-channel-size=16", "--generator-c-updates-per-g-update=3"),
+    "--solver-channel-size=128",
+]
+HALF = {"generator_iterations": 0.5}
 EXACT, CONSTANT = "--replay-mode=exact-replay", "--lr-schedule=constant"
 AVERAGED_GENERATOR = averaging(models.VAE, averaged_generator, 0.99)
 AVERAGED_SOLVER = averaging(models.Classifier, averaged_solver, 0.99)
 MIXUP = {(models.Classifier, "learn"): mixing(models.Classifier.learn)}
 DROPOUT = {(models.MLP, "__init__"): with_dropout(models.MLP.__init__)}
+AVERAGED_WGAN = averaging(models.WGAN, averaged_generator, 0.99, "generator_step")
+NOISY_CRITIC = {(gan, name): noisy_critic(getattr(gan, name)) for name in ("critic_loss", "generator_loss")}
+NOISY_CRITIC[models.WGAN, "_in_one_pass"] = lambda *_: False
 NEW_ADAM = {(train.Training, "_learn_task"): beginning_anew(train.Training._learn_task)}
 
 LEVERS = {
@@ -363,6 +384,11 @@ LEVERS = {
     "dropout, exact replay": Variation([EXACT], instead=DROPOUT),
     "mixup": Variation(instead=MIXUP),
     "mixup, exact replay": Variation([EXACT], instead=MIXUP),
+    "WGAN-GP and CNN": Variation(WGAN, times=HALF),
+    "WGAN-GP and CNN, exact replay": Variation([*WGAN, EXACT]),
+    "WGAN-GP and CNN, average of the generator's weights": Variation(WGAN, times=HALF, instead=AVERAGED_WGAN),
+    "WGAN-GP and CNN, noise of 0.1 on the critic's inputs": Variation(WGAN, times=HALF, instead=NOISY_CRITIC),
+    "WGAN-GP and CNN, three times the generator's iterations": Variation(WGAN, times={"generator_iterations": 1.5}),
 }
 
 # ------------------------------------------------------------------------------------------------- the runs
