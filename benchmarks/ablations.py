@@ -341,12 +341,12 @@ def with_dropout(initialise: Callable[..., None]) -> Callable[..., None]:
     return initialising
 
 
-WGAN = [
+SMALL_WGAN = [
     *("--generator=wgan", "--solver=cnn", "--image-size=16", "--batch-size=64"),
     *("--generator-c-channel-size=16", "--generator-g-channel-size=16", "--generator-c-updates-per-g-update=3"),
     "--solver-channel-size=128",
 ]
-HALF = {"generator_iterations": 0.5}
+HALF = {"generator_iterations": 0.5}  # of those of the VAE
 EXACT, CONSTANT = "--replay-mode=exact-replay", "--lr-schedule=constant"
 AVERAGED_GENERATOR = averaging(models.VAE, averaged_generator, 0.99)
 AVERAGED_SOLVER = averaging(models.Classifier, averaged_solver, 0.99)
@@ -384,11 +384,13 @@ LEVERS = {
     "dropout, exact replay": Variation([EXACT], instead=DROPOUT),
     "mixup": Variation(instead=MIXUP),
     "mixup, exact replay": Variation([EXACT], instead=MIXUP),
-    "WGAN-GP and CNN": Variation(WGAN, times=HALF),
-    "WGAN-GP and CNN, exact replay": Variation([*WGAN, EXACT]),
-    "WGAN-GP and CNN, average of the generator's weights": Variation(WGAN, times=HALF, instead=AVERAGED_WGAN),
-    "WGAN-GP and CNN, noise of 0.1 on the critic's inputs": Variation(WGAN, times=HALF, instead=NOISY_CRITIC),
-    "WGAN-GP and CNN, three times the generator's iterations": Variation(WGAN, times={"generator_iterations": 1.5}),
+    "WGAN-GP and CNN": Variation(SMALL_WGAN, times=HALF),
+    "WGAN-GP and CNN, exact replay": Variation([*SMALL_WGAN, EXACT]),
+    "WGAN-GP and CNN, average of the generator's weights": Variation(SMALL_WGAN, times=HALF, instead=AVERAGED_WGAN),
+    "WGAN-GP and CNN, noise of 0.1 on the critic's inputs": Variation(SMALL_WGAN, times=HALF, instead=NOISY_CRITIC),
+    "WGAN-GP and CNN, three times the generator's iterations": Variation(
+        SMALL_WGAN, times={"generator_iterations": 3 * 0.5}
+    ),
 }
 
 # ------------------------------------------------------------------------------------------------- the runs

@@ -4,7 +4,7 @@
     benchmarks/peers.py --van-de-ven=DIR --avalanche=PYTHON      leave one out, and it is not run;
     benchmarks/peers.py ... --recipe=demo                        other flags go to our runs
 
-DIR is a checkout of github.com/GMvandeVen/continual-learning, best at the commit named below; the Python that runs this
+DIR is a checkout of github.com/GMvandeVen/continual-learning, best at e6d795a; the Python that runs this
 script then needs pandas and scikit-learn besides requirements.txt. PYTHON is the interpreter of an environment with
 avalanche-lib 0.6.0. MNIST is where main.py keeps it (--data-dir).
 
@@ -36,7 +36,6 @@ import models
 import utils
 
 ROOT = Path(__file__).resolve().parent.parent
-VAN_DE_VEN = "e6d795aa81b9cef742b8de76cb71222d4d1ce00b"
 STEPS = {"split-mnist": 2000, "permutated-mnist": 1000}  # per task
 OURS = ["--recipe=vae", "--generator-g-channel-size=25", "--solver-channel-size=400"]
 
