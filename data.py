@@ -20,7 +20,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -263,8 +263,14 @@ DATA_SETS = {
 
 
 def checksum(path: Path, algorithm: str = "md5", *, unpack: bool = False) -> str:
-    """The checksum of a file, or of what a compressed file holds."""
-    with gzip.open(path) if unpack else path.open("rb") as file:
+    """The checksum of a file, or of what a compressed file holds; it is computed again when the file has changed."""
+    state = path.stat()
+    return _checksum(os.path.realpath(path), state.st_size, state.st_mtime_ns, algorithm, unpack)
+
+
+@lru_cache
+def _checksum(path: str, _size: int, _changed: int, algorithm: str, unpack: bool) -> str:
+    with gzip.open(path) if unpack else open(path, "rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
@@ -370,20 +376,17 @@ class Library:
 
     def _provide(self, name: str, data_set: DataSet) -> Path:
         """The directory with the files, which are official or accepted by the user; they are downloaded if missing."""
-        parts = Path(data_set.folder).parts
-        # Where this program puts the files, then where torchvision and people do.
-        places = [self.data_dir.joinpath(*parts[i:j]) for i in range(len(parts)) for j in range(len(parts), i, -1)]
+        home = self.data_dir / data_set.folder
         try:
-            whole = [place for place in [*places, self.data_dir] if all(_find(place, file) for file in data_set.md5)]
-            if not whole and (missing := [file for file in data_set.md5 if not _find(places[0], file)]):
+            directory, sums = chosen_files(self.data_dir, data_set)
+            if directory is None and (missing := [file for file in data_set.md5 if not _find(home, file)]):
                 if not self.download:
-                    raise UserError(f"{places[0]} has no {', '.join(missing)}; see --data-dir")
-                places[0].mkdir(parents=True, exist_ok=True)
-                _download(data_set, places[0], missing)
-            sums = {place: _checksums(place, data_set) for place in whole or places[:1]}
-            directory = next((place for place in sums if sums[place] == data_set.md5), next(iter(sums)))
+                    raise UserError(f"{home} has no {', '.join(missing)}; see --data-dir")
+                home.mkdir(parents=True, exist_ok=True)
+                _download(data_set, home, missing)
+                directory, sums = chosen_files(self.data_dir, data_set)
             for file, official in data_set.md5.items():
-                path, found = _find(directory, file), sums[directory][file]
+                path, found = _find(directory, file), sums[file]
                 self.checksums[f"{name}/{file}"] = found
                 if found == official:
                     continue
@@ -399,6 +402,26 @@ class Library:
         except OSError as error:
             where = error.filename or self.data_dir
             raise UserError(f"data directory {where}: {reason(error)}; see --data-dir") from error
+
+
+def chosen_files(data_dir: Path, data_set: DataSet) -> tuple[Path | None, dict[str, str]]:
+    """The directory whose files are used, official ones if there are, and their md5; None if none has all of them."""
+    parts = Path(data_set.folder).parts
+    # Where this program puts the files, then where torchvision and people do.
+    places = [data_dir.joinpath(*parts[i:j]) for i in range(len(parts)) for j in range(len(parts), i, -1)]
+    whole = [place for place in [*places, data_dir] if all(_find(place, file) for file in data_set.md5)]
+    sums = {place: _checksums(place, data_set) for place in whole}
+    directory = next((place for place in whole if sums[place] == data_set.md5), whole[0] if whole else None)
+    return directory, sums.get(directory, {})
+
+
+def changed(checksums: dict[str, str], data_dir: Path) -> list[str]:
+    """The data sets among these checksums (`Library.checksums`) whose files here are others; not those missing here."""
+    names, found = [name for name in DATA_SETS if any(key.startswith(f"{name}/") for key in checksums)], []
+    for name in names:
+        sums = chosen_files(data_dir, DATA_SETS[name])[1]
+        found += [name] if any(checksums.get(f"{name}/{file}", md5) != md5 for file, md5 in sums.items()) else []
+    return found
 
 
 def _checksums(directory: Path, data_set: DataSet) -> dict[str, str]:
@@ -505,6 +528,8 @@ def _read_directory(path: Path, size: int) -> Own:
     if unknown := sorted(set(test.classes) - set(classes)):
         raise ValueError(f"test has {', '.join(unknown[:20])}, which train has not")
     numbers = all(name.isdecimal() for name in classes)
+    if numbers and len({int(name) for name in classes}) < len(classes):
+        raise ValueError(f"folders of its classes are the same number: {', '.join(classes[:20])}")
     label = {name: int(name) if numbers else number for number, name in enumerate(classes)}
     parts = []
     for part in (train, test):

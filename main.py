@@ -179,8 +179,8 @@ def parse(arguments: list[str]) -> Options:
         if os.path.realpath(getattr(options, directory)) == os.path.realpath(getattr(options, other)):
             parser.error(f"argument {flag(other)}: a run has files of the same name in {flag(directory)}: use another")
     options = Options(**vars(options))
-    kept = options.train and options.continue_from and options.continue_from.resolve()
-    if kept and kept.name == options.name and options.checkpoint_dir.resolve() in kept.parents:
+    kept = options.train and options.continue_from and Path(os.path.realpath(options.continue_from))
+    if kept and kept.name == options.name and Path(os.path.realpath(options.checkpoint_dir)) in kept.parents:
         parser.error(f"argument --continue-from: {kept} would be this run's own scholar: give it another name first")
     return options
 
@@ -195,6 +195,9 @@ def check_combinations(parser: utils.Parser, options: argparse.Namespace, recipe
         parser.error(f"argument --replay-mode: {options.experiment} learns from the last scholar's replay alone")
     if targets == "own" and not options.generator_conditional:
         parser.error("argument --replay-targets: own needs --generator-conditional")
+    most = 6 * ((65_500 - 2) // (options.image_size + 2))  # six a row, as JPEG has no more than 65,500 rows of pixels
+    if options.sample_size > most:
+        parser.error(f"argument --sample-size: at most {most} with --image-size={options.image_size}")
     if options.on and not options.test:
         parser.error("argument --on: it needs --test")
     chain = {f"--experiment={options.experiment}": options.chain}
@@ -268,11 +271,18 @@ def draw_pictures(options: Options, scholar: Callable[[], dgr.Scholar]) -> None:
 
 def changes_since(options: Options) -> str:
     """How the options of the stored run of this name differ from these; empty if they do not, or there is no run."""
-    config = options.paths.stored_config()
-    if config and utils.data_of(config)[0] != [data.fingerprint(task) for task in options.tasks or ()]:
+    if not (config := options.paths.stored_config()):
+        return ""
+    if utils.data_of(config)[0] != [data.fingerprint(task) for task in options.tasks or ()]:
         return "other data in --tasks"
-    stored = utils.plain(Options()) | config["options"] if config else {}
-    return utils.differences(stored, utils.plain(options), [*options.deciding, "recipe"]) if config else ""
+    scholar = options.continue_from
+    if scholar and scholar.exists() and data.checksum(scholar) != config["data"].get("scholar"):
+        return "another scholar in --continue-from"
+    stored = utils.plain(Options()) | config["options"]
+    if found := utils.differences(stored, utils.plain(options), [*options.deciding, "recipe"]):
+        return found
+    others = data.changed(config["data"]["checksums"], options.data_dir)
+    return f"other files of {' and '.join(others)} in --data-dir" if others else ""
 
 
 def train_scholar(options: Options, tasks: list[data.Task], library: data.Library) -> None:
@@ -386,7 +396,7 @@ def run_test(options: Options) -> None:
         (task,) = data.same_channels(data.own_tasks(library, [options.on]), checkpoint["image_channels"])
         test, file = task.test, options.paths.answers(Path(options.on).stem)
         answers = train.scores(scholar.solver, test, models.images_at_once(device)).argmax(dim=1)
-        right = (answers == test.labels).double().mean().item()
+        right = int((answers == test.labels).sum()) / len(test)
         with utils.atomic_write(file) as table:
             rows = zip(range(len(test)), test.labels.tolist(), answers.tolist(), strict=True)
             np.savetxt(table, list(rows), fmt="%d", delimiter=",", header="image,label,answer", comments="")

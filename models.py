@@ -51,9 +51,12 @@ def class_of(known: Callable[[], dict[str, Any]]) -> Callable[[str], str]:
         if text not in known():
             sys.path += [] if os.getcwd() in sys.path else [os.getcwd()]
             try:
-                known()[text] = getattr(importlib.import_module(module), name)
+                found = getattr(importlib.import_module(module), name)
             except (Exception, SystemExit) as error:  # whatever a module does while it is imported
                 raise argparse.ArgumentTypeError(f"{text!r} can't be imported: {reason(error)[:200]}") from error
+            if not (isinstance(found, type) and issubclass(found, dgr.Generator | dgr.Solver)):
+                raise argparse.ArgumentTypeError(f"{text!r} is no subclass of dgr.Generator or dgr.Solver")
+            known()[text] = found
         return text
 
     return parse

@@ -66,7 +66,7 @@ class TrainingOptions:
     test_size: int = option(
         1024, "test images per task for the curves; the summary uses all", None, low=1, group="measuring and saving"
     )
-    sample_size: int = option(36, "images in a sample grid, six per row", None, low=1, high=11_000)
+    sample_size: int = option(36, "images in a sample grid, six per row", None, low=1)
     sample_log: bool = option(False, "keep sample grids, and train the generator in every replay mode")
     sample_log_interval: int = option(300, "generator iterations between kept grids", None, low=1)
     image_log_interval: int = option(100, "generator iterations between the newest grids", None, low=1)
@@ -217,7 +217,7 @@ class Training:
             "forward_transfer": forward_transfer(self.ahead["before"], self.ahead["untrained"]),
             "incremental_average": incremental_average(self.matrix),
             "task_incremental": self.task_incremental,
-            **({"generator": self.generator_measures} if self.classifier is not None else {}),
+            **({"generator": self.generator_measures} if any(self.generator_measures) else {}),
         }
 
     def run(self) -> dict[str, Any]:
@@ -436,6 +436,8 @@ class Training:
 def continue_from(scholar: dgr.Scholar, kept: dict[str, Any], tasks: list[Task], options: TrainingOptions) -> Before:
     """What a run of these tasks needs of a kept scholar; UserError if it can't continue from it."""
     mode, learned = dgr.REPLAY_MODES[options.replay_mode], kept["learned"]
+    if kept["options"].get("chain"):
+        raise UserError("--continue-from: a scholar of mnist-chain can't be continued: use another")
     given = len(learned) if learned == [task.train.checksum for task in tasks[: len(learned)]] else 0
     if given == len(tasks):
         raise UserError("--continue-from: this scholar has learned all of these tasks: name further ones after them")
@@ -503,7 +505,7 @@ def measure_generator(
         capacity = fitting_capacity(solver, replay, tests, options, images_at_once)
     (seen, classes), (seen_drawn, classes_drawn) = (features(classifier, x, images_at_once) for x in (real, drawn))
     among_real, among_drawn = precision_and_recall(seen, seen_drawn)
-    answers = answers.argmax(dim=1) if answers.is_floating_point() else answers
+    answers, labels = (answers.argmax(dim=1) if answers.is_floating_point() else answers).cpu(), labels.cpu()
     shares = torch.bincount(classes_drawn, minlength=classifier[-1].out_features) / len(drawn)
     return {
         "frechet_distance": frechet_distance(seen, seen_drawn),
@@ -517,10 +519,10 @@ def measure_generator(
 
 
 def features(classifier: nn.Sequential, x: Tensor, images_at_once: int) -> tuple[Tensor, Tensor]:
-    """What the last layer sees of images, (n, d) in float64, and their classes (n,) int64."""
+    """What the last layer sees of images, (n, d) in float64, and their classes (n,) int64, both on the CPU."""
     with dgr.evaluating(classifier):
         seen = torch.cat([classifier[:-1](part) for part in x.split(images_at_once)])
-        return seen.double(), classifier[-1](seen).argmax(dim=1)
+        return seen.cpu().double(), classifier[-1](seen).argmax(dim=1).cpu()  # Apple's GPUs have no float64
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:

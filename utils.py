@@ -405,7 +405,9 @@ class RunPaths:
 
     def __init__(self, name: str, options: FileOptions):
         self.results, self.scholar, self.sample_log = (getattr(options, key) / name for key in DIRECTORIES)
-        self.drawn = options.sample_dir / f"{name}-sample.jpg"
+        kept = re.fullmatch(r"after-task-\d+", options.checkpoint_dir.name)  # see `scholar_after`
+        self.tested = f"{name}-{kept[0]}" if kept else name  # what --test names its files after
+        self.drawn = options.sample_dir / f"{self.tested}-sample.jpg"
         self.state = options.checkpoint_dir / f"{name}.unfinished"
         self.figure = self.results / "precision.png"
 
@@ -415,7 +417,7 @@ class RunPaths:
 
     def answers(self, on: str) -> Path:
         """Where --on writes what the scholar answers."""
-        return self.drawn.with_name(f"{self.scholar.name}-on-{on}.csv")
+        return self.drawn.with_name(f"{self.tested}-on-{on}.csv")
 
     @property
     def resumable(self) -> bool:
@@ -455,6 +457,7 @@ class RunPaths:
         everything = [self.state, previous(self.state), self.results, self.scholar, self.sample_log, self.drawn]
         everything += [kept / self.scholar.name for kept in self.scholar.parent.glob("after-task-*")]
         everything += self.drawn.parent.glob(self.answers("*").name)
+        everything += self.drawn.parent.glob(f"{self.tested}-after-task-*")
         paths = these or everything
         beside = [(path, other.name) for path in paths if path.parent.is_dir() for other in path.parent.iterdir()]
         taken = (re.fullmatch(rf"{re.escape(path.name)}~(\d+)", name) for path, name in beside)

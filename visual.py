@@ -499,6 +499,15 @@ def matrix_figure(settings: Sequence[Setting]) -> "Figure | None":
     return figure
 
 
+def kept_picture(path: Path) -> Image.Image | None:
+    """A kept sample, or None, with a warning, if its file is damaged."""
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except OSError as error:
+        return warn(f"{path} is left out: {reason(error)}")
+
+
 def samples_figure(settings: Sequence[Setting]) -> "Figure | None":
     """What the generator draws from the same noise after each task, a row for each setting that kept samples."""
     if not (shown := [(setting, samples) for setting in settings if (samples := setting.first.kept_samples())]):
@@ -513,8 +522,8 @@ def samples_figure(settings: Sequence[Setting]) -> "Figure | None":
         axes_row[0].set_ylabel(textwrap.fill(setting.label, 32))
         for task, axes in zip(tasks, axes_row, strict=True):
             axes.set(xticks=[], yticks=[], title=f"after task {task}")
-            if (task, end) in samples:
-                axes.imshow(np.asarray(Image.open(samples[task, end])))
+            if (task, end) in samples and (picture := kept_picture(samples[task, end])):
+                axes.imshow(np.asarray(picture))
             elif task > len(setting.first.tasks):
                 axes.axis("off")
     return figure
@@ -544,7 +553,9 @@ def save_animation(settings: Sequence[Setting], path: Path) -> bool:
     labels, frames = [textwrap.wrap(setting.label, 34) for setting, _ in shown], []  # as wide as six images
     top = 18 + 14 * max(map(len, labels))
     for task, iteration in moments[:: -(len(moments) // -FRAMES) * -1][::-1]:  # the last one is among them
-        grids = [Image.open(samples[task, iteration]).convert("RGB") for _, samples in shown]
+        grids = [kept_picture(samples[task, iteration]) for _, samples in shown]
+        if None in grids:
+            continue
         size = sum(grid.width + 8 for grid in grids), max(grid.height for grid in grids) + top + 2
         frame, left = Image.new("RGB", size, "white"), 4
         for grid, label in zip(grids, labels, strict=True):
@@ -553,6 +564,8 @@ def save_animation(settings: Sequence[Setting], path: Path) -> bool:
             frame.paste(grid, (left, top))
             left += grid.width + 8
         frames.append(frame.quantize(64))
+    if not frames:
+        return False
     with atomic_write(path, "wb") as file:
         frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=250, loop=0, optimize=True)
     return True

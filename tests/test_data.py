@@ -436,6 +436,10 @@ def test_a_folder_that_is_no_task_is_refused_with_what_is_there(tmp_path):
     (test / "cow/a.png").rename(test / "cat/a.png")
     (test / "cow").rmdir()
     assert len(made_of(own, tmp_path).test) == 1
+    numbers = write_pictures(tmp_path / "numbers/train", {name: [("a.png", picture(1))] for name in ("1", "01")}).parent
+    write_pictures(numbers / "test", {"1": [("a.png", picture(1))]})
+    with pytest.raises(UserError, match="folders of its classes are the same number: 01, 1"):
+        made_of(numbers, tmp_path)
     clear = Image.new("RGBA", (8, 8))
     for content, words in ((picture(1, "I;16"), "more than 8"), (clear, "transparent"), (None, "cannot identify")):
         (test / "cat/b.png").write_bytes(b"no picture") if content is None else content.save(test / "cat/b.png")

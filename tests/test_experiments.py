@@ -226,6 +226,21 @@ def test_a_run_with_other_flags_or_a_broken_summary_is_renamed_and_made_again(
     assert [json.loads(config.read_text())["options"]["lr"] for config in configs] == [job.options.lr, 1e-3]
 
 
+def test_a_run_on_other_files_of_a_data_set_is_renamed_and_made_again(full, copy_of_finished, small_mnist, monkeypatch):
+    """The files may be elsewhere, but not others; without any, there is nothing to tell."""
+    monkeypatch.chdir(copy_of_finished)
+    moved, other = (shutil.copytree(small_mnist, copy_of_finished / name) for name in ("moved", "other"))
+    with next(other.rglob("t10k-labels*")).open("r+b") as file:
+        file.seek(8)
+        file.write(bytes([3, 4, 5]))
+    jobs = [full.Job("--replay-mode=noise-replay", f"--data-dir={place}", *TINY) for place in (moved, other, "none")]
+    assert [job.replaces_another() for job in jobs] == [False, True, False]
+    process = call("main.py", "--train", "--resume", *jobs[1].flags, cwd=copy_of_finished)
+    assert_one_line_error(process, 1, "other files of mnist in --data-dir")
+    main.main(jobs[1].command())
+    assert [job.replaces_another() for job in jobs[:2]] == [True, False]
+
+
 def test_an_unfinished_run_with_other_flags_is_renamed_without_its_results_too(
     full, tmp_path, small_mnist, monkeypatch
 ):

@@ -1,5 +1,6 @@
 """main.py at tiny sizes: as a user starts it, and its further uses in this process."""
 
+import contextlib
 import csv
 import errno
 import fcntl
@@ -387,11 +388,13 @@ def test_tasks_that_a_kept_scholar_has_learned_are_measured_and_not_learned_agai
         (["--tasks", "svhn"], ["has learned grey images, and these have colour"]),
         (["--tasks", "own.npz", "--solver-channel-size=32"], ["--solver-channel-size 16, not 32"]),
         (["--tasks", "own.npz", "--continue-from=gone"], ["no scholar at gone"]),
+        (["--tasks", "own.npz", "--continue-from=loop"], ["no scholar at loop"]),
         (["--experiment=mnist-chain"], ["--continue-from", "--experiment=mnist-chain"]),
     ],
 )
 def test_what_a_kept_scholar_cannot_go_on_with_is_one_line(copy_of_alone, small_mnist, flags, words):
     write_small_svhn(shutil.copytree(small_mnist, copy_of_alone / "data"))
+    (copy_of_alone / "loop").symlink_to("loop")
     process = train(copy_of_alone, "data", KEPT, *flags)
     process.stderr = process.stderr.strip().splitlines()[-1]
     assert_one_line_error(process, 2 if "chain" in flags[0] else 1, *words)
@@ -404,6 +407,26 @@ def test_a_run_would_not_replace_the_scholar_it_continues_from(copy_of_alone, sm
     assert_one_line_error(process, 2, "--continue-from", "give it another name")
 
 
+def test_a_chain_of_scholars_is_not_continued(tmp_path, small_mnist):
+    """Each of its scholars has learned the same task, so the number of tasks would be wrong."""
+    assert train(tmp_path, small_mnist, "--experiment=mnist-chain", "--quick").returncode == 0
+    (chain,) = tmp_path.glob("checkpoints/mnist-chain*")
+    process = train(tmp_path, small_mnist, "--quick", f"--continue-from={chain}", "--tasks", "mnist")
+    assert process.returncode == 1 and "a scholar of mnist-chain can't be continued" in process.stderr
+
+
+def test_a_finished_run_is_that_of_its_scholar_alone(copy_of_alone, small_mnist):
+    cwd, flags = copy_of_alone, [KEPT, "--tasks", "own.npz", "--resume"]
+    assert train(cwd, small_mnist, *flags).returncode == 0
+    assert "nothing to resume" in train(cwd, small_mnist, *flags).stdout
+    (cwd / "other").mkdir()
+    where = [f"--{kind}-dir=other/{kind}" for kind in ("result", "checkpoint", "sample")]
+    assert train(cwd, small_mnist, "--tasks", "mnist", "--seed=1", *where).returncode == 0
+    (kept,) = cwd.glob("other/checkpoint/mnist*")
+    process = train(cwd, small_mnist, f"--continue-from={kept}", *flags[1:])
+    assert_one_line_error(process, 1, "another scholar in --continue-from", "without --resume")
+
+
 def test_each_tasks_scholar_is_kept_on_request(tmp_path, small_mnist):
     assert train(tmp_path, small_mnist, "--keep-scholars").returncode == 0
     first, last = (tmp_path / f"checkpoints/after-task-{task}" / NAME for task in (1, 2))
@@ -411,8 +434,14 @@ def test_each_tasks_scholar_is_kept_on_request(tmp_path, small_mnist):
     assert [len(scholar["learned"]) for scholar in scholars] == [1, 2, 2]
     weights = [scholar["scholar"]["solver.net.0.weight"] for scholar in scholars]
     assert torch.equal(weights[1], weights[2]) and not torch.equal(weights[0], weights[1])
+    drawn = tmp_path / f"samples/{NAME}-sample.jpg"
+    before = drawn.read_bytes()
     assert draw(tmp_path, f"--checkpoint-dir={first.parent}").returncode == 0
+    assert draw(tmp_path, f"--checkpoint-dir={first.parent}", "--on=mnist", f"--data-dir={small_mnist}").returncode == 0
+    files = {f"{NAME}-{rest}" for rest in ("sample.jpg", "after-task-1-sample.jpg", "after-task-1-on-mnist.csv")}
+    assert {path.name for path in drawn.parent.glob("perm*")} == files and drawn.read_bytes() == before
     assert train(tmp_path, small_mnist).returncode == 0  # which renames them
+    assert {path.name for path in drawn.parent.glob("perm*")} == {f"{name}~1" for name in files} | {drawn.name}
     assert {path.name for path in tmp_path.glob("checkpoints/after-*/*")} == {f"{NAME}~1"}
 
 
@@ -524,8 +553,8 @@ def test_a_run_says_which_dtype_it_computed_in(tmp_path, small_mnist, dtype):
 
 
 def test_the_largest_sample_grid_is_one_that_can_be_kept(copy_of_trained):
-    assert draw(copy_of_trained, "--sample-size=11000").returncode == 0
-    assert_one_line_error(draw(copy_of_trained, "--sample-size=11001"), 2, "--sample-size", "at most 11000")
+    assert draw(copy_of_trained, "--sample-size=11556").returncode == 0
+    assert_one_line_error(draw(copy_of_trained, "--sample-size=11557"), 2, "--sample-size", "at most 11556")
 
 
 @pytest.mark.parametrize("directory, said", [("checkpoints", "checkpoints/"), ("a\nb", "a b/")])
@@ -583,6 +612,20 @@ def test_measures_of_each_task_are_in_the_summary_where_a_generator_is_trained(t
     assert [row["task"] for row in rows if (row["phase"], row["name"]) == ("test", "fitting_capacity")] == ["1", "2"]
     assert train(tmp_path, small_mnist, *flags).returncode == 0
     assert "generator" not in read_json(path)
+
+
+def test_measures_of_a_generator_outlive_a_resume_without_them(tmp_path, small_mnist, monkeypatch):
+    flags = ["--train", f"--data-dir={small_mnist}", *TINY, "--measured-images=100"]
+    monkeypatch.chdir(tmp_path)
+    measured, plain = [], main.train.measure_generator
+    watched = lambda *these: measured.append(True) or plain(*these)  # noqa: E731
+    with monkeypatch.context() as patch, pytest.raises(utils.UserError, match="stopped at task 2"):
+        patch.setattr(main.train, "measure_generator", watched)
+        patch.setattr(utils, "stop_requests", lambda: contextlib.nullcontext(lambda: len(measured)))
+        main.main([*flags, "--measure-generator"])
+    main.main([*flags, "--resume"])
+    first, second = read_json(next(tmp_path.glob("results/*/summary.json")))["generator"]
+    assert first["fitting_capacity"] >= 0 and second is None
 
 
 def test_samples_come_with_measures_of_the_tasks_learned(copy_of_trained, small_mnist, monkeypatch):

@@ -617,6 +617,15 @@ def test_pictures_that_somebody_renamed_are_left_out(results):
     assert list(settings_in(results)[1].first.kept_samples()) == [(1, 10), (2, 10), (2, 20)]
 
 
+def test_a_damaged_picture_is_left_out_of_the_figures(results, capsys):
+    damaged = results / "seed-0/samples/gr-r0.3/task-1-iteration-20.jpg"
+    os.truncate(damaged, 300)
+    visual.main([str(results / "seed-0"), "--figures", str(results / "figures")])
+    assert f"{damaged} is left out: " in capsys.readouterr().err
+    with Image.open(results / "figures/permutated-mnist.gif") as animation:
+        assert animation.n_frames == 3
+
+
 def test_a_run_counts_once(results, capsys):
     """However often it is named; of two runs that are the same, seed included, one counts, and that is said."""
     assert len(utils.find_runs([results, results / "seed-0", results / "seed-1/none-r1"])) == 4
