@@ -265,11 +265,11 @@ DATA_SETS = {
 def checksum(path: Path, algorithm: str = "md5", *, unpack: bool = False) -> str:
     """The checksum of a file, or of what a compressed file holds; it is computed again when the file has changed."""
     state = path.stat()
-    return _checksum(os.path.realpath(path), state.st_size, state.st_mtime_ns, algorithm, unpack)
+    return _digest(os.path.realpath(path), state.st_size, state.st_mtime_ns, algorithm, unpack)
 
 
 @lru_cache
-def _checksum(path: str, _size: int, _changed: int, algorithm: str, unpack: bool) -> str:
+def _digest(path: str, _size: int, _changed: int, algorithm: str, unpack: bool) -> str:
     with gzip.open(path) if unpack else open(path, "rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
@@ -417,11 +417,12 @@ def chosen_files(data_dir: Path, data_set: DataSet) -> tuple[Path | None, dict[s
 
 def changed(checksums: dict[str, str], data_dir: Path) -> list[str]:
     """The data sets among these checksums (`Library.checksums`) whose files here are others; not those missing here."""
-    names, found = [name for name in DATA_SETS if any(key.startswith(f"{name}/") for key in checksums)], []
-    for name in names:
-        sums = chosen_files(data_dir, DATA_SETS[name])[1]
-        found += [name] if any(checksums.get(f"{name}/{file}", md5) != md5 for file, md5 in sums.items()) else []
-    return found
+    found = []
+    for name in {key.split("/")[0] for key in checksums} & set(DATA_SETS):
+        with contextlib.suppress(OSError, UserError):  # what can't be read can't be told apart
+            sums = chosen_files(data_dir, DATA_SETS[name])[1]
+            found += [name] if any(checksums.get(f"{name}/{file}", md5) != md5 for file, md5 in sums.items()) else []
+    return sorted(found)
 
 
 def _checksums(directory: Path, data_set: DataSet) -> dict[str, str]:

@@ -456,8 +456,8 @@ class RunPaths:
         # States first: without them, nothing takes the rest for an unfinished run.
         everything = [self.state, previous(self.state), self.results, self.scholar, self.sample_log, self.drawn]
         everything += [kept / self.scholar.name for kept in self.scholar.parent.glob("after-task-*")]
-        everything += self.drawn.parent.glob(self.answers("*").name)
-        everything += self.drawn.parent.glob(f"{self.tested}-after-task-*")
+        for of_test in ("on-*.csv", "after-task-*-on-*.csv", "after-task-*-sample.jpg"):
+            everything += self.drawn.parent.glob(f"{self.tested}-{of_test}")
         paths = these or everything
         beside = [(path, other.name) for path in paths if path.parent.is_dir() for other in path.parent.iterdir()]
         taken = (re.fullmatch(rf"{re.escape(path.name)}~(\d+)", name) for path, name in beside)
