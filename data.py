@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from utils import UserError, option, reading, reason, to_path, warn
@@ -174,15 +174,15 @@ class _ArraysOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
-def _read_idx(directory: Path) -> tuple[Arrays, Arrays]:
-    """Read MNIST's four files, compressed or not."""
+def _read_idx(directory: Path, ending: str = "") -> tuple[Arrays, Arrays]:
+    """Read MNIST's four files, compressed or not; ending: of their official names, which `_find` prefers."""
     from torchvision.datasets.mnist import read_image_file, read_label_file
     from torchvision.datasets.utils import extract_archive
 
     parts = []
     with tempfile.TemporaryDirectory() as unpacked:
         for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
-            if not (path := _find(directory, f"{name}-ubyte")):
+            if not (path := _find(directory, f"{name}-ubyte{ending}")):
                 raise ValueError(f"there is no {name}-ubyte")
             read = read_image_file if "images" in name else read_label_file
             parts.append(read(str(extract_archive(path, unpacked) if path.suffix == ".gz" else path)))
@@ -236,7 +236,7 @@ DATA_SETS = {
             "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
         },
         [("torchvision's mirrors", partial(_by_torchvision, "FashionMNIST", [{}]))],
-        _read_idx,
+        partial(_read_idx, ending=".gz"),
     ),
     "svhn": DataSet(
         "SVHN",
@@ -487,8 +487,10 @@ def _pixels(x: np.ndarray, name: str) -> tuple[Tensor, str]:
     if min(x.shape[1:3]) <= 3 < max(x.shape[1:3]):  # flat pixels, or channels that could be pixels
         raise ValueError(f"{about}: images {x.shape[1]} high and {x.shape[2]} wide? reshape it to (n, h, w, 1 or 3)")
     low, high = x.min(), x.max()
-    if x.dtype == np.uint8:
+    if x.dtype == np.uint8 and high != 1:
         form = f"uint8 up to {high}"
+    elif x.dtype == np.uint8:
+        raise ValueError(f"{about} from {low} to 1: multiply it by 255, or make it bool")
     elif low >= 0 and high <= 1:
         x, form = np.rint(x * 255.0), f"{x.dtype} from 0 to 1"
     elif low >= 0 and 127 < high <= 255:
@@ -515,16 +517,29 @@ def _labels(y: np.ndarray, name: str) -> Tensor:
 def _read_directory(path: Path, size: int) -> Own:
     inside = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
     if _find(path, "train-images-idx3-ubyte"):
+        if {"train", "test"} <= set(inside):
+            raise ValueError("it has MNIST's four files, and folders train and test: leave one or the other")
         parts = _read_idx(path)
-        return parts, _sizes(parts), "", []
+        return parts, _sizes(parts), "", [name for name in inside if "-ubyte" not in name]
     if next(path.rglob("*.parquet"), None):
         return _read_parquet(path, size)
     if not {"train", "test"} <= set(inside):
         needs = "train and test with a folder of pictures per class, parquet files, or MNIST's four files"
         raise ValueError(f"it has {', '.join(inside[:20]) or 'nothing'}, and needs {needs}")
-    from torchvision.datasets import ImageFolder
+    from torchvision.datasets import folder
 
-    train, test = ImageFolder(path / "train"), ImageFolder(path / "test", allow_empty=True)
+    class Pictures(folder.ImageFolder):
+        """Without hidden folders and files, which programs leave."""
+
+        def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+            names = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
+            return names, {name: number for number, name in enumerate(names)}
+
+    def is_picture(file: str) -> bool:
+        return folder.is_image_file(file) and not Path(file).name.startswith(".")
+
+    train = Pictures(path / "train", is_valid_file=is_picture)
+    test = Pictures(path / "test", is_valid_file=is_picture, allow_empty=True)
     classes, sizes = train.classes, set()
     if unknown := sorted(set(test.classes) - set(classes)):
         raise ValueError(f"test has {', '.join(unknown[:20])}, which train has not")
@@ -537,7 +552,10 @@ def _read_directory(path: Path, size: int) -> Own:
         labels = torch.tensor([label[part.classes[number]] for number in part.targets])
         parts.append((_pictures(((file, file) for file, _ in part.samples), size, sizes), labels))
     names = "" if numbers else f"classes in order {', '.join(classes[:20])}"
-    return parts, sizes, names, [name for name in inside if name not in ("train", "test")]
+    unused = [name for name in inside if name not in ("train", "test")]
+    files = (file for part in (train, test) for _, _, there in os.walk(part.root, followlinks=True) for file in there)
+    others = {f"*{Path(file).suffix}" for file in files if not (file.startswith(".") or is_picture(file))}
+    return parts, sizes, names, [*unused, *sorted(others)]
 
 
 def _read_parquet(path: Path, size: int) -> Own:
@@ -577,6 +595,7 @@ def _pictures(files: Iterable[tuple[str, Any]], size: int, sizes: set[tuple[int,
                     raise ValueError("more than 8 bits per pixel")
                 if picture.has_transparency_data and picture.convert("RGBA").getextrema()[3][0] < 255:
                     raise ValueError("transparent pixels, which have no colour of their own")
+                picture = ImageOps.exif_transpose(picture)
                 image = pil_to_tensor(picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB"))
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(f"{name}: {reason(error)}") from error

@@ -41,7 +41,7 @@ AMX = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()  # the CPU m
 SIZES = "height and width of images in all networks, a multiple of 16 from 16 to 128"
 
 
-def class_of(known: Callable[[], dict[str, Any]]) -> Callable[[str], str]:
+def class_of(known: Callable[[], dict[str, Any]], base: type) -> Callable[[str], str]:
     """A function that reads one of these names, or MODULE:CLASS of a module that Python finds from here."""
 
     def parse(text: str) -> str:
@@ -54,8 +54,8 @@ def class_of(known: Callable[[], dict[str, Any]]) -> Callable[[str], str]:
                 found = getattr(importlib.import_module(module), name)
             except (Exception, SystemExit) as error:  # whatever a module does while it is imported
                 raise argparse.ArgumentTypeError(f"{text!r} can't be imported: {reason(error)[:200]}") from error
-            if not (isinstance(found, type) and issubclass(found, dgr.Generator | dgr.Solver)):
-                raise argparse.ArgumentTypeError(f"{text!r} is no subclass of dgr.Generator or dgr.Solver")
+            if not (isinstance(found, type) and issubclass(found, base)) or found is base:
+                raise argparse.ArgumentTypeError(f"{text!r} is no subclass of dgr.{base.__name__}")
             known()[text] = found
         return text
 
@@ -69,7 +69,7 @@ class ScholarOptions:
     image_size: int = option(32, SIZES, "networks", choices=range(16, 129, 16), metavar="N", group="images")
     generator: str = option(
         "wgan", "WGAN-GP, VAE, flow matching, or your own MODULE:CLASS", "networks", choices=lambda: GENERATORS,
-        parse=class_of(lambda: GENERATORS), group="generator", metavar="{wgan,vae,flow,MODULE:CLASS}",
+        parse=class_of(lambda: GENERATORS, dgr.Generator), group="generator", metavar="{wgan,vae,flow,MODULE:CLASS}",
     )  # fmt: skip
     generator_lambda: float = option(10.0, "weight of the gradient penalty (wgan)", low=0)
     generator_z_size: int = option(100, "size of the noise (wgan, vae)", "networks", low=1)
@@ -82,7 +82,7 @@ class ScholarOptions:
     generator_conditional: bool = option(False, "tell the generator the class of each image", "networks")
     solver: str = option(
         "cnn", "convolutional or linear layers, or MODULE:CLASS", "networks", choices=lambda: SOLVERS, group="solver",
-        parse=class_of(lambda: SOLVERS), metavar="{cnn,mlp,MODULE:CLASS}",
+        parse=class_of(lambda: SOLVERS, dgr.Solver), metavar="{cnn,mlp,MODULE:CLASS}",
     )  # fmt: skip
     solver_depth: int = option(5, "number of convolutions and the linear layer (cnn)", "networks", low=2, high=32)
     solver_reducing_layers: int = option(

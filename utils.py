@@ -680,8 +680,9 @@ class Run:
             places += [("held-out training images", "test images")] if self.held_out else []
             self.data_note = ", ".join(f"{one} in place of {other}" for one, other in places)  # for figures and tables
             # What runs of different seeds must share to be averaged.
-            self.setting = self.experiment, self.replay_mode, self.recipe, tuple(self.flags), str(data_of(config))
             self.lengths = {p: int(self.options.get(f"{p}_iterations", 1)) for p in ("generator", "solver")}
+            self.setting = self.experiment, self.replay_mode, self.recipe, tuple(self.flags), str(data_of(config))
+            self.setting += tuple(self.lengths.values())  # which a recipe may not always have set the same
             hash((self.setting, " ".join(self.flags)))  # which read the rest of config.json
             for key in SUMMARY_KEYS if summary is not None else ():
                 values = list(itertools.chain(*summary[key])) if key == "precision" else [summary[key]]
@@ -833,6 +834,9 @@ def label(settings: Sequence[Setting]) -> None:
         rivals = [other.first for other in settings if other.first.replay_mode == run.replay_mode]
         parts = [run.recipe] if len({rival.recipe for rival in rivals}) > 1 else []
         parts += [flag for flag in run.flags if not all(flag in rival.flags for rival in rivals)]
+        alike = [rival for rival in rivals if (rival.recipe, rival.flags) == (run.recipe, run.flags)]
+        if len({str(rival.lengths) for rival in alike}) > 1:  # a recipe that has changed since
+            parts.append(f"{' and '.join(map(str, run.lengths.values()))} iterations")
         if len({rival.data_note for rival in rivals}) > 1:
             parts.append(run.data_note or "official data")
         setting.label = run.replay_mode + (f" ({', '.join(parts)})" if parts else "")

@@ -505,7 +505,7 @@ def kept_picture(path: Path) -> Image.Image | None:
         with Image.open(path) as picture:
             return picture.convert("RGB")
     except OSError as error:
-        return warn(f"{path} is left out: {reason(error)}")
+        return warn_once(f"{path} is left out: {reason(error)}")
 
 
 def samples_figure(settings: Sequence[Setting]) -> "Figure | None":

@@ -19,7 +19,7 @@ import pytest
 import scipy.io
 import torch
 import torchvision
-from conftest import small_digits, write_small_mnist
+from conftest import small_digits, write_idx, write_small_mnist
 from PIL import Image
 
 import data
@@ -306,6 +306,10 @@ def test_own_task_may_be_grey_to_learn_and_in_colour_to_test(tmp_path):
         ({"x_train": np.full((12, 20, 24), 2**16 - 1, np.uint16)}, "from 65535 to 65535"),
         ({"x_train": np.full((12, 20, 24), np.nan)}, "from nan to nan"),
         ({"x_train": np.zeros((12, 20), np.uint8)}, "(12, 20)"),
+        (
+            {"x_train": np.eye(20, 24, dtype=np.uint8)[None].repeat(12, 0)},
+            "from 0 to 1: multiply it by 255, or make it bool",
+        ),
         ({"x_train": np.zeros((12, 784, 1), np.uint8)}, "images 784 high and 1 wide? reshape it"),
         ({"x_train": np.zeros((12, 3, 28, 3), np.uint8)}, "images 3 high and 28 wide? reshape it"),
         ({"x_train": np.zeros((12, 20, 24, 2), np.uint8)}, "(12, 20, 24, 2)"),
@@ -436,15 +440,41 @@ def test_a_folder_that_is_no_task_is_refused_with_what_is_there(tmp_path):
     (test / "cow/a.png").rename(test / "cat/a.png")
     (test / "cow").rmdir()
     assert len(made_of(own, tmp_path).test) == 1
-    numbers = write_pictures(tmp_path / "numbers/train", {name: [("a.png", picture(1))] for name in ("1", "01")}).parent
-    write_pictures(numbers / "test", {"1": [("a.png", picture(1))]})
-    with pytest.raises(UserError, match="folders of its classes are the same number: 01, 1"):
-        made_of(numbers, tmp_path)
     clear = Image.new("RGBA", (8, 8))
     for content, words in ((picture(1, "I;16"), "more than 8"), (clear, "transparent"), (None, "cannot identify")):
         (test / "cat/b.png").write_bytes(b"no picture") if content is None else content.save(test / "cat/b.png")
         with pytest.raises(UserError, match=f"cat/b.png: {words}"):
             made_of(own, tmp_path)
+    (test / "cat/b.png").unlink()
+    numbers = write_pictures(tmp_path / "numbers/train", {name: [("a.png", picture(1))] for name in ("1", "01")}).parent
+    write_pictures(numbers / "test", {"1": [("a.png", picture(1))]})
+    with pytest.raises(UserError, match="folders of its classes are the same number: 01, 1"):
+        made_of(numbers, tmp_path)
+    write_idx(own / "train-images-idx3-ubyte", np.zeros((1, 28, 28)))
+    with pytest.raises(UserError, match="it has MNIST's four files, and folders train and test"):
+        made_of(own, tmp_path)
+
+
+def test_hidden_files_and_those_of_other_kinds_are_no_pictures(tmp_path, capsys):
+    own = tmp_path / "own"
+    write_pictures(own / "train", {"a": [("x.png", picture(1)), ("x.gif", picture(1))], ".notes": []})
+    write_pictures(own / "test", {"a": [("x.png", picture(1))]})
+    picture(1).save(own / "train/.notes/x.png")
+    (own / "train/a/._x.png").write_bytes(b"what a Mac leaves")
+    task = made_of(own, tmp_path)
+    assert len(task.train) == len(task.test) == 1 and task.train.labels.tolist() == [0]
+    assert "unused: *.gif; " in capsys.readouterr().out
+
+
+def test_a_photo_is_learned_the_way_up_that_its_camera_says(tmp_path):
+    photo, exif = picture(10, size=(32, 32)), Image.Exif()
+    photo.paste(250, (0, 24, 32, 32))
+    exif[0x0112] = 3  # upside down
+    for part in ("train", "test"):
+        (tmp_path / "own" / part / "a").mkdir(parents=True)
+        photo.save(tmp_path / "own" / part / "a/x.jpg", exif=exif)
+    image = made_of(tmp_path / "own", tmp_path).train.images[0, 0]
+    assert image[:8].float().mean() > 200 and image[8:].float().mean() < 50
 
 
 def test_parquet_files_of_hugging_face(tmp_path, capsys):
@@ -534,7 +564,9 @@ def test_cifar10_batches_are_read_without_executing_them(tmp_path, evil):
 
 
 def test_fashion_mnist_is_read_from_its_compressed_files(tmp_path):
+    """Those are the ones whose checksums are known; torchvision leaves unpacked ones beside them."""
     write_small_fashion_mnist(tmp_path)
+    write_idx(tmp_path / data.DATA_SETS["fashion-mnist"].folder / "train-images-idx3-ubyte", np.zeros((7, 28, 28)))
     (train, _), (_, labels) = data.DATA_SETS["fashion-mnist"].read(tmp_path / data.DATA_SETS["fashion-mnist"].folder)
     assert train.shape == (200, 1, 28, 28) and len(labels) == 100
 

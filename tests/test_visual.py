@@ -617,11 +617,22 @@ def test_pictures_that_somebody_renamed_are_left_out(results):
     assert list(settings_in(results)[1].first.kept_samples()) == [(1, 10), (2, 10), (2, 20)]
 
 
+def test_runs_from_before_a_recipe_changed_are_no_seeds_of_it(results, capsys):
+    directory = results / "seed-2/none-r1"
+    write_run(directory, seed=2)
+    config = json.loads((directory / "config.json").read_text())
+    config["options"]["solver_iterations"] += 10
+    (directory / "config.json").write_text(json.dumps(config))
+    labels = [setting.label for setting in settings_in(results) if setting.first.replay_mode == "none"]
+    lengths = Run.read(directory).lengths
+    assert len(labels) == 2 and labels[1] == f"none ({lengths['generator']} and {lengths['solver']} iterations)"
+
+
 def test_a_damaged_picture_is_left_out_of_the_figures(results, capsys):
     damaged = results / "seed-0/samples/gr-r0.3/task-1-iteration-20.jpg"
     os.truncate(damaged, 300)
     visual.main([str(results / "seed-0"), "--figures", str(results / "figures")])
-    assert f"{damaged} is left out: " in capsys.readouterr().err
+    assert capsys.readouterr().err.count(f"{damaged} is left out: ") == 1
     with Image.open(results / "figures/permutated-mnist.gif") as animation:
         assert animation.n_frames == 3
 
