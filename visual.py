@@ -550,7 +550,8 @@ def save_animation(settings: Sequence[Setting], path: Path) -> bool:
     moments = sorted(set.intersection(*(set(samples) for _, samples in shown))) if shown else []
     if not moments:
         return False
-    labels, frames = [textwrap.wrap(setting.label, 34) for setting, _ in shown], []  # as wide as six images
+    wrap = partial(textwrap.wrap, width=34)  # as wide as six images
+    labels, frames = [wrap(setting.label) + wrap(setting.first.data_note) for setting, _ in shown], []
     top = 18 + 14 * max(map(len, labels))
     for task, iteration in moments[:: -(len(moments) // -FRAMES) * -1][::-1]:  # the last one is among them
         grids = [kept_picture(samples[task, iteration]) for _, samples in shown]

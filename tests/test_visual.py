@@ -559,6 +559,17 @@ def test_unofficial_data_are_named_so(tmp_path, known, called):
     assert {setting.label for setting in settings} == {f"none ({run.data_note})", "none (official data)"}
 
 
+def test_an_animation_says_that_data_are_unofficial(results):
+    """In a line above the samples."""
+    (setting,) = (setting for setting in settings_in(results) if setting.first.kept_samples())
+    heights = []
+    for setting.first.data_note in ("", "unofficial MNIST"):
+        assert visual.save_animation([setting], results / "samples.gif")
+        with Image.open(results / "samples.gif") as animation:
+            heights.append(animation.height)
+    assert heights[1] == heights[0] + 14
+
+
 def test_hyphens_in_the_name_of_unofficial_data_do_not_matter(tmp_path):
     other = {"unverified": ["cifar10/test_batch"]}
     assert Run.read(write_run(tmp_path / "a", data=other, tasks=["CIFAR-10"])).tasks == ["unofficial CIFAR10"]
