@@ -263,7 +263,7 @@ DATA_SETS = {
 
 
 def checksum(path: Path, algorithm: str = "md5", *, unpack: bool = False) -> str:
-    """The checksum of a file, or of what a compressed file holds; it is computed again when the file has changed."""
+    """The checksum of a file, or of what a compressed file holds, remembered while its size and time stay."""
     state = path.stat()
     return _digest(os.path.realpath(path), state.st_size, state.st_mtime_ns, algorithm, unpack)
 
@@ -415,8 +415,8 @@ def chosen_files(data_dir: Path, data_set: DataSet) -> tuple[Path | None, dict[s
     return directory, sums.get(directory, {})
 
 
-def changed(checksums: dict[str, str], data_dir: Path) -> list[str]:
-    """The data sets among these checksums (`Library.checksums`) whose files here are others; not those missing here."""
+def replaced(checksums: dict[str, str], data_dir: Path) -> list[str]:
+    """The data sets among these checksums (`Library.checksums`) that have other files here; not those without any."""
     found = []
     for name in {key.split("/")[0] for key in checksums} & set(DATA_SETS):
         with contextlib.suppress(OSError, UserError):  # what can't be read can't be told apart

@@ -271,7 +271,7 @@ def draw_pictures(options: Options, scholar: Callable[[], dgr.Scholar]) -> None:
 
 
 def changes_since(options: Options) -> str:
-    """How the options of the stored run of this name differ from these; empty if they do not, or there is no run."""
+    """How the stored run of this name differs in options, data or scholar; empty if it does not, or there is none."""
     if not (config := options.paths.stored_config()):
         return ""
     if utils.data_of(config)[0] != [data.fingerprint(task) for task in options.tasks or ()]:
@@ -282,7 +282,7 @@ def changes_since(options: Options) -> str:
     stored = utils.plain(Options()) | config["options"]
     if found := utils.differences(stored, utils.plain(options), [*options.deciding, "recipe"]):
         return found
-    others = data.changed(config["data"]["checksums"], options.data_dir)
+    others = data.replaced(config["data"]["checksums"], options.data_dir)
     return f"other files of {' and '.join(others)} in --data-dir" if others else ""
 
 
