@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import reference
 import torch
+import torchvision
 from conftest import ROOT, SMALL, Constant, assert_same_state, relative_error, small_scholar, state
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
@@ -541,7 +542,7 @@ def test_solver_depth_and_reducing_layers(depth, reducing_layers, size):
     assert solver(torch.rand(2, 3, 32, 32)).shape == (2, 10)
 
 
-@pytest.mark.parametrize("generator, solver", [("wgan", "cnn"), ("vae", "mlp"), ("flow", "mlp")])
+@pytest.mark.parametrize("generator, solver", [("wgan", "cnn"), ("vae", "mlp"), ("flow", "mlp"), ("unet", "cnn")])
 @pytest.mark.parametrize("size", [16, 48, 128])
 def test_networks_learn_images_of_other_sizes(generator, solver, size):
     """Five convolutions that halve bring 48 to 2: a side that is not even is rounded up."""
@@ -578,6 +579,29 @@ def test_a_solver_learns_from_noisy_inputs_real_and_replayed_ones_alike():
         assert torch.equal(solver.answer(x), solver.answer(x))
 
 
+def test_the_solvers_blur_is_a_gaussian_one_and_keeps_blank_images():
+    x = torch.rand(2, 3, 32, 32)
+    blurred = models.Blur(1.5, 32)(x)
+    library = torchvision.transforms.functional.gaussian_blur(x, 13, 1.5)  # its weights end at 4 deviations
+    torch.testing.assert_close(blurred[..., 8:-8, 8:-8], library[..., 8:-8, 8:-8], atol=1e-3, rtol=0)
+    torch.testing.assert_close(models.Blur(1.5, 32)(torch.ones(1, 1, 32, 32)), torch.ones(1, 1, 32, 32))
+
+
+@pytest.mark.parametrize("network", [{"solver": "cnn"}, {"solver": "mlp"}, {"heads": "task", "number_of_heads": 2}])
+def test_a_solver_sees_blurred_images_whether_it_learns_answers_or_is_remembered(network):
+    torch.manual_seed(0)
+    plain = small_scholar(**network).solver
+    torch.manual_seed(0)
+    solver, x = small_scholar(solver_blur=2.0, **network).solver, torch.rand(8, 1, 32, 32)
+    if "heads" in network:
+        plain.begin_task(1, replays=True)
+        solver.begin_task(1, replays=True)
+    seen = models.Blur(2.0, 32)(x)
+    torch.testing.assert_close(solver(x), plain(seen))
+    torch.testing.assert_close(solver.answer_softly(x, 2.0), plain.answer_softly(seen, 2.0))
+    torch.testing.assert_close(solver.remember().answer_softly(x, 2.0), plain.remember().answer_softly(seen, 2.0))
+
+
 def test_a_users_own_network_keeps_its_layout(monkeypatch):
     """In channels-last layout, `view` would fail behind a convolution."""
 
@@ -590,7 +614,9 @@ def test_a_users_own_network_keeps_its_layout(monkeypatch):
             return self.linear(self.convolution(x).view(len(x), -1))
 
     monkeypatch.setitem(models.SOLVERS, "own", lambda _channels, _classes, options: models.Classifier(Net(), options))
-    assert small_scholar(solver="own").solver.answer(torch.rand(4, 1, 32, 32)).shape == (4,)
+    for blur in (0.0, 1.0):
+        solver = small_scholar(solver="own", solver_blur=blur).solver
+        assert solver.answer(torch.rand(4, 1, 32, 32)).shape == (4,)
 
 
 def test_vae_learns_and_is_remembered_like_any_generator():
@@ -629,16 +655,21 @@ def test_some_layers_of_a_network_compute_in_its_format(dtype):
     torch.testing.assert_close(scores.sigmoid(), network(z).flatten(1), rtol=0, atol=0)
 
 
-def test_flow_learns_and_is_remembered_like_any_generator():
-    flow = small_scholar(generator="flow").generator
+FLOWS = pytest.mark.parametrize("kind", ["flow", "unet"])
+
+
+@FLOWS
+def test_flow_learns_and_is_remembered_like_any_generator(kind):
+    flow = small_scholar(generator=kind).generator
     losses = [float(flow.update(lambda: bars(8))["flow-matching"]) for _ in range(60)]
     assert losses[-1] < losses[0] / 2, losses
     old = flow.remember()
     assert old.sample(3).shape == (3, 1, 32, 32) and not hasattr(old, "optimiser")
 
 
-def test_flow_loss_is_that_of_the_estimate_of_each_image():
-    flow = small_scholar(generator="flow", generator_conditional=True).double().generator
+@FLOWS
+def test_flow_loss_is_that_of_the_estimate_of_each_image(kind):
+    flow = small_scholar(generator=kind, generator_conditional=True).double().generator
     flow.draws = 3
     x, y = torch.rand(4, 1, 32, 32, dtype=torch.float64), torch.tensor([1, 2, 3, 3])
     torch.manual_seed(1)
@@ -779,8 +810,8 @@ def eager_and_captured(options, device, **settings):
 
 PARTS = pytest.mark.parametrize(
     "parts",
-    [{}, {"generator": "vae", "solver": "mlp"}, {"generator": "flow"}],
-    ids=["wgan-cnn", "vae-mlp", "flow-cnn"],
+    [{}, {"generator": "vae", "solver": "mlp"}, {"generator": "flow"}, {"generator": "unet"}],
+    ids=["wgan-cnn", "vae-mlp", "flow-cnn", "unet-cnn"],
 )
 
 
