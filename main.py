@@ -44,8 +44,6 @@ VAE = SOFT | {"generator": "vae", "solver": "mlp", "lr": 1e-3, "batch_size": 128
 BEST_SVHN = BEST | {"lr": 1e-3, "batch_size": 64}
 BEST_SVHN_MNIST = BEST_SVHN | {"generator_z_size": 32, "generator_iterations": 1500}
 BEST_SVHN_MNIST |= {"solver_iterations": 3000, "temperature": 4.0}
-BEST_SPLIT = BEST | {"lr": 1e-3, "generator": "unet", "generator_conditional": True, "generator_iterations": 4000}
-BEST_SPLIT |= {"replay_pool": 20_000, "solver_blur": 1.5, "solver_iterations": 2000}
 BEST_PERMUTED = VAE | {"lr_schedule": "linear", "generator_z_size": 32}
 VAE_CHAIN = {"solver": "cnn", "solver_channel_size": 128, "solver_iterations": 5000, "temperature": 4.0}
 FLOW = QUICK | {"generator": "flow", "generator_iterations": 1500, "replay_pool": 10_000}
@@ -59,7 +57,6 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "flow": {"": FLOW},
     "vae": {"": VAE, "split-mnist": VAE | {"solver_iterations": 500, "temperature": 4.0}},
 }
-RECIPES["best"]["split-mnist"] = BEST_SPLIT
 RECIPES["best"]["mnist-svhn"] = BEST_SVHN | {"generator": "vae"}
 RECIPES["best"]["mnist-chain"], RECIPES["vae"]["mnist-chain"] = BEST | BEST_CHAIN, VAE | VAE_CHAIN
 
@@ -88,8 +85,7 @@ class Options(
         changed = self.changed()
         keys = ("replay_targets", "generator", "solver", "penalty")
         parts += [changed[key].replace(":", ".") for key in keys if key in changed]
-        conditional = "conditional" if self.generator_conditional else "unconditional"
-        words = {"heads": "task-heads", "generator_conditional": conditional, "validation": "validation"}
+        words = {"heads": "task-heads", "generator_conditional": "conditional", "validation": "validation"}
         parts += [words[key] for key in words if key in changed]
         parts += [f"{self.image_size}px"] if "image_size" in changed else []
         return "-".join(parts + (["continued"] if self.continue_from else []))
@@ -101,7 +97,7 @@ class Options(
     @property
     def flags(self) -> list[str]:
         """The flags, besides experiment, replay mode, recipe and seed, that decide what is learned."""
-        flags = [flag(key, value) for key, value in self.changed().items()]
+        flags = [flag(key) + (f"={value}" if value is not True else "") for key, value in self.changed().items()]
         return flags + ([f"--continue-from={self.continue_from.name}"] if self.continue_from else [])
 
     @property
@@ -218,10 +214,7 @@ def check_combinations(parser: utils.Parser, options: argparse.Namespace, recipe
     ):
         (name, given), other = *one.items(), next((name for name, given in others.items() if given), None)
         if given and other:
-            off = (
-                ", which the recipe sets: --no-generator-conditional" if recipe.get(other[2:].replace("-", "_")) else ""
-            )
-            parser.error(f"argument {name.split('=')[0]}: {name} does not go with {other}{off}")
+            parser.error(f"argument {name.split('=')[0]}: {name} does not go with {other}")
     given = options.temperature
     options.replay_targets, options.temperature = targets_and_temperature(mode, targets, given, recipe)
     if given is not None and options.replay_targets != "soft":

@@ -68,21 +68,17 @@ class ScholarOptions:
 
     image_size: int = option(32, SIZES, "networks", choices=range(16, 129, 16), metavar="N", group="images")
     generator: str = option(
-        "wgan", "WGAN-GP, VAE, flow matching with linear layers or a U-Net, or your own MODULE:CLASS", "networks",
-        choices=lambda: GENERATORS, parse=class_of(lambda: GENERATORS, dgr.Generator), group="generator",
-        metavar="{wgan,vae,flow,unet,MODULE:CLASS}",
+        "wgan", "WGAN-GP, VAE, flow matching, or your own MODULE:CLASS", "networks", choices=lambda: GENERATORS,
+        parse=class_of(lambda: GENERATORS, dgr.Generator), group="generator", metavar="{wgan,vae,flow,MODULE:CLASS}",
     )  # fmt: skip
     generator_lambda: float = option(10.0, "weight of the gradient penalty (wgan)", low=0)
     generator_z_size: int = option(100, "size of the noise (wgan, vae)", "networks", low=1)
     generator_c_channel_size: int = option(64, "channels of the critic's first layer (wgan)", "networks", low=1)
     generator_g_channel_size: int = option(
-        64,
-        "channels of the generator's last hidden layer (wgan), or / 4 (unet), or units / 16 (vae), / 32 (flow)",
-        "networks",
-        low=1,
+        64, "channels of the generator's last hidden layer (wgan), or units / 16 (vae), / 32 (flow)", "networks", low=1
     )
     generator_c_updates_per_g_update: int = option(5, "critic updates per generator update (wgan)", low=1)
-    generator_steps: int = option(16, "steps from noise to an image (flow, unet)", low=1)
+    generator_steps: int = option(16, "steps from noise to an image (flow)", low=1)
     generator_conditional: bool = option(False, "tell the generator the class of each image", "networks")
     solver: str = option(
         "cnn", "convolutional or linear layers, or MODULE:CLASS", "networks", choices=lambda: SOLVERS, group="solver",
@@ -723,106 +719,21 @@ class VAE(dgr.Generator):
         return {"reconstruction": reconstruction.detach(), "divergence": divergence.detach()}
 
 
-class Residual(nn.Sequential):
-    """Layers whose output is added to their input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
-
-
-class Trajectory(nn.Module):
-    """The flow's network: from noise (n, pixels), and classes (n, classes), to images in `steps` steps.
-
-    Its layers are linear: it is cheap on a CPU, and the order of pixels does not matter to it.
-    """
-
-    frequencies = 16  # of sines and cosines that tell the layers the time
-
-    def __init__(self, shape: tuple[int, int, int], width: int, classes: int, steps: int):
-        super().__init__()
-        self.shape, self.pixels, self.steps = shape, math.prod(shape), steps
-        self.layers = Network(*self.to_scores(width, 2 * self.frequencies + classes), Sigmoid(), nn.Unflatten(1, shape))
-        self.register_buffer("frequency", 1000 ** (1 - torch.arange(self.frequencies) / self.frequencies))
-
-    def to_scores(self, width: int, told: int) -> list[nn.Module]:
-        """The layers from `inputs` to the estimate before the sigmoid, (n, pixels)."""
-
-        def residual() -> Residual:
-            return Residual(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
-
-        last = nn.Linear(width, self.pixels)
-        return [nn.Linear(self.pixels + told, width), residual(), residual(), nn.SiLU(), last]
-
-    def inputs(self, x_t: Tensor, told: Tensor) -> Tensor:
-        """What the layers are given: x_t (n, pixels), and what they are told, time and classes, (n, features)."""
-        return torch.cat([x_t, told], dim=1)
-
-    def scores(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """The estimate before the sigmoid: (n, pixels)."""
-        angle = t * self.frequency
-        told = [angle.sin(), angle.cos()] + ([] if y is None else [y.to(x_t)])
-        return self.layers[:-2](self.inputs(x_t, torch.cat(told, dim=1)))
-
-    def estimate(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """What x (n, channels, 32, 32) is on average, given x_t (n, pixels) at t (n, 1) and classes y (n, classes)."""
-        return self.layers[-2:](self.scores(x_t, t, y))
-
-    def forward(self, noise: Tensor) -> Tensor:
-        x, y = noise.split([self.pixels, noise.shape[1] - self.pixels], dim=1)
-        for i in range(self.steps):
-            image = self.estimate(x, x.new_full((len(x), 1), i / self.steps), y)
-            x = x + (2 * image.flatten(1) - 1 - x) / (self.steps - i)
-        return image
-
-
-class UNet(Trajectory):
-    """A small U-Net (Ronneberger et al. 2015, arXiv 1505.04597) of patches of 4 x 4 pixels, whose skips are sums."""
-
-    patch = 4
-
-    def to_scores(self, width: int, told: int) -> list[nn.Module]:
-        def residual(width: int, *inner: nn.Module) -> Residual:
-            layers = [
-                nn.SiLU(),
-                Convolution(width, width, 3, padding=1),
-                nn.SiLU(),
-                Convolution(width, width, 3, padding=1),
-            ]
-            return Residual(*(inner or layers))
-
-        def halved(width: int, *inner: nn.Module) -> Residual:
-            """Layers of twice the width at half the height and width."""
-            down = Convolution(width, 2 * width, 4, stride=2, padding=1)
-            up = TransposedConvolution(2 * width, width, 4, stride=2, padding=1)
-            return Residual(down, residual(2 * width), *inner, residual(2 * width), nn.SiLU(), up)
-
-        values = self.shape[0] * self.patch**2
-        first, last = (Convolution(*sides, 3, padding=1) for sides in ((values + told, width), (width, values)))
-        middle = halved(width)
-        ends = [nn.SiLU(), last, nn.PixelShuffle(self.patch), nn.Flatten()]
-        return [first, residual(width), middle, residual(width), *ends]
-
-    def inputs(self, x_t: Tensor, told: Tensor) -> Tensor:
-        patches = F.pixel_unshuffle(x_t.unflatten(1, self.shape), self.patch)
-        everywhere = told[:, :, None, None].expand(-1, -1, *patches.shape[2:])
-        return torch.cat([patches, everywhere], dim=1).contiguous(memory_format=torch.channels_last)
-
-
 class Flow(dgr.Generator):
     """Flow matching: noise moves to an image along straight lines (Lipman et al. 2023, arXiv 2210.02747).
 
     At time t, x_t = (1 - t) z + t x lies between noise z and an image x, and moves on by x - z. The network estimates x
-    from x_t, and thus where to move: (x - x_t) / (1 - t) (Liu et al. 2023, arXiv 2209.03003, equations 1 and 2).
+    from x_t, and thus where to move: (x - x_t) / (1 - t) (Liu et al. 2023, arXiv 2209.03003, equations 1 and 2). Its
+    layers are linear: it is cheap on a CPU, and the order of pixels does not matter to it.
     """
 
     captured = ("learn",)
     draws = 2  # noises and times for each image of a batch: their mean is a better gradient
-    network, width = Trajectory, 32  # units for each channel of generator_g_channel_size
 
     def __init__(self, image_channels: int, options: ScholarOptions):
         shape = (image_channels, options.image_size, options.image_size)
-        width, classes = self.width * options.generator_g_channel_size, options.generator_classes
-        net = self.network(shape, width, classes, options.generator_steps)
+        width, classes = 32 * options.generator_g_channel_size, options.generator_classes
+        net = Trajectory(shape, width, classes, options.generator_steps)
         super().__init__(net, math.prod(shape), classes)
         self.optimiser = options.optimiser(self.net)
 
@@ -843,19 +754,50 @@ class Flow(dgr.Generator):
         return {"flow-matching": loss.detach()}
 
 
-class UNetFlow(Flow):
-    """Flow matching with convolutions, whose images are sharper."""
+class Trajectory(nn.Module):
+    """The flow's network: from noise (n, pixels), and classes (n, classes), to images in `steps` steps."""
 
-    network, width = UNet, 4
+    frequencies = 16  # of sines and cosines that tell the layers the time
+
+    def __init__(self, shape: tuple[int, int, int], width: int, classes: int, steps: int):
+        super().__init__()
+        self.pixels, self.steps = math.prod(shape), steps
+
+        def residual() -> Residual:
+            return Residual(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+
+        first = nn.Linear(self.pixels + 2 * self.frequencies + classes, width)
+        last = nn.Linear(width, self.pixels)
+        self.layers = Network(first, residual(), residual(), nn.SiLU(), last, Sigmoid(), nn.Unflatten(1, shape))
+        self.register_buffer("frequency", 1000 ** (1 - torch.arange(self.frequencies) / self.frequencies))
+
+    def scores(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """The estimate before the sigmoid: (n, pixels)."""
+        angle = t * self.frequency
+        parts = [x_t, angle.sin(), angle.cos()] + ([] if y is None else [y.to(x_t)])
+        return self.layers[:-2](torch.cat(parts, dim=1))
+
+    def estimate(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """What x (n, channels, 32, 32) is on average, given x_t (n, pixels) at t (n, 1) and classes y (n, classes)."""
+        return self.layers[-2:](self.scores(x_t, t, y))
+
+    def forward(self, noise: Tensor) -> Tensor:
+        x, y = noise.split([self.pixels, noise.shape[1] - self.pixels], dim=1)
+        for i in range(self.steps):
+            image = self.estimate(x, x.new_full((len(x), 1), i / self.steps), y)
+            x = x + (2 * image.flatten(1) - 1 - x) / (self.steps - i)
+        return image
+
+
+class Residual(nn.Sequential):
+    """Layers whose output is added to their input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
 
 
 # To add a generator, write a class like these and add a line here: it becomes a choice of --generator.
-GENERATORS: dict[str, Callable[[int, ScholarOptions], dgr.Generator]] = {
-    "wgan": WGAN,
-    "vae": VAE,
-    "flow": Flow,
-    "unet": UNetFlow,
-}
+GENERATORS: dict[str, Callable[[int, ScholarOptions], dgr.Generator]] = {"wgan": WGAN, "vae": VAE, "flow": Flow}
 
 
 class Blur(nn.Module):
@@ -876,9 +818,9 @@ class Blur(nn.Module):
 class Classifier(dgr.Solver):
     """A network that learns its answers with Adam. The last layer of a net is linear; it becomes one per head.
 
-    Drawn and real images differ in fine detail, by which a solver could tell old tasks from new ones. Two options hide
-    it, in real and replayed images alike: with --solver-noise it learns from inputs with Gaussian noise on them, with
-    --solver-blur a blur is the first layer of its net.
+    Drawn and real images differ in fine detail, by which a solver could tell old tasks from new ones. Two options are
+    meant to hide it, in real and replayed images alike: with --solver-noise it learns from inputs with Gaussian noise
+    on them, with --solver-blur a blur is the first layer of its net.
     """
 
     captured = ("learn",)
@@ -970,7 +912,6 @@ IDLE = {
     "wgan": ("generator_steps",),
     "vae": (*NO_CRITIC, "generator_steps"),
     "flow": (*NO_CRITIC, "generator_z_size"),
-    "unet": (*NO_CRITIC, "generator_z_size"),
 }
 
 

@@ -55,10 +55,8 @@ def default_of(f: Field) -> Any:
     return f.default if f.default_factory is MISSING else f.default_factory()
 
 
-def flag(key: str, value: Any = True) -> str:
-    """--key=value, or for truth values --key and --no-key."""
-    name = key.replace("_", "-")
-    return (f"--{name}" if value else f"--no-{name}") if isinstance(value, bool) else f"--{name}={value}"
+def flag(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
 
 
 def to_path(text: str) -> Path:
@@ -93,13 +91,13 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
             continue
         if title := settings.pop("group", None):
             group = parser.add_argument_group(title)
-        help, choices, name, changes = (settings.pop(key, None) for key in ("help", "choices", "exclusive", "changes"))
+        help, choices, name, _ = (settings.pop(key, None) for key in ("help", "choices", "exclusive", "changes"))
         limits = {key: settings.pop(key) for key in ("low", "high", "above", "below") if key in settings}
         if name and name not in exclusive:
             exclusive[name] = group.add_mutually_exclusive_group(required=name == "required")
         target = exclusive.get(name, group)
         if isinstance(default, bool):
-            settings["action"] = argparse.BooleanOptionalAction if changes == "networks" else "store_true"
+            settings["action"] = "store_true"
         elif choices is not None:
             choices = list(choices() if callable(choices) else choices)
             settings |= {} if "parse" in settings else {"choices": choices, "type": type(choices[0])}
