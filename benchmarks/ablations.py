@@ -390,8 +390,6 @@ LEVERS = {
     "WGAN-GP and CNN, noise of 0.1 on the critic's inputs": Variation(SMALL_WGAN, times=HALF, instead=NOISY_CRITIC),
     "WGAN-GP and CNN, solver blur 0.75": Variation([*SMALL_WGAN, "--solver-blur=0.75"], times=HALF),
     "WGAN-GP and CNN, solver blur 0.75, exact replay": Variation([*SMALL_WGAN, "--solver-blur=0.75", EXACT]),
-    "WGAN-GP and CNN, solver blur 1.5": Variation([*SMALL_WGAN, "--solver-blur=1.5"], times=HALF),
-    "WGAN-GP and CNN, solver blur 1.5, exact replay": Variation([*SMALL_WGAN, "--solver-blur=1.5", EXACT]),
     "WGAN-GP and CNN, three times the generator's iterations": Variation(
         SMALL_WGAN, times={"generator_iterations": 3 * 0.5}
     ),
