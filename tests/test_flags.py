@@ -241,6 +241,7 @@ def test_a_directory_that_is_a_link_to_nowhere_is_said_to_be_one(monkeypatch, tm
         ("--tasks mnist svhn", "mnist+svhn-generative-replay-r0.3"),
         ("--quick --solver=mlp --image-size=64", "permutated-mnist-generative-replay-rauto-quick-mlp-64px"),
         ("--image-size=32", "permutated-mnist-generative-replay-r0.3"),
+        ("--generator-conditional", "permutated-mnist-generative-replay-r0.3-conditional"),
     ],
 )
 def test_name_of_a_run(flags, name):
