@@ -97,6 +97,9 @@ class ScholarOptions:
     solver_blur: float = option(
         0.0, "standard deviation of a Gaussian blur of its inputs, in pixels", "networks", low=0, high=100
     )
+    solver_distortion: float = option(
+        0.0, "random distortion of its inputs while it learns; 1 turns them by up to 15 degrees", low=0, high=3
+    )
     heads: str = option(
         "one", "output layers: one for all, or one per task, which is then known", "networks", choices=("one", "task")
     )
@@ -815,12 +818,28 @@ class Blur(nn.Module):
         return self.weight @ x @ self.weight.T
 
 
+def distorted(x: Tensor, strength: float) -> Tensor:
+    """Images (n, channels, size, size), each turned, sheared, scaled and shifted at random.
+
+    At a strength of 1, uniformly by up to 15 degrees, 0.2, 12 % (width and height apart) and 4 % of a side. What was
+    outside an image is as its border is.
+    """
+    draws = strength * (2 * torch.rand(6, len(x), dtype=x.dtype, device=x.device) - 1)
+    angle, shear, shift_x, shift_y = draws[0] * math.pi / 12, 0.2 * draws[1], 0.08 * draws[2], 0.08 * draws[3]
+    wide, high = (0.12 * draws[4:]).exp()
+    rows = [angle.cos() * wide, (shear - angle.sin()) * high, shift_x]  # coordinates go from -1 to 1
+    rows += [angle.sin() * wide, angle.cos() * high, shift_y]
+    places = F.affine_grid(torch.stack(rows, dim=1).view(-1, 2, 3), list(x.shape), align_corners=False)
+    return F.grid_sample(x, places, padding_mode="border", align_corners=False)
+
+
 class Classifier(dgr.Solver):
     """A network that learns its answers with Adam. The last layer of a net is linear; it becomes one per head.
 
     Drawn and real images differ in fine detail, by which a solver could tell old tasks from new ones. Two options are
     meant to hide it, in real and replayed images alike: with --solver-noise it learns from inputs with Gaussian noise
-    on them, with --solver-blur a blur is the first layer of its net.
+    on them, with --solver-blur a blur is the first layer of its net. Drawn images also vary less than real ones: with
+    --solver-distortion it learns from distorted images, with the targets of what they were.
     """
 
     captured = ("learn",)
@@ -832,7 +851,7 @@ class Classifier(dgr.Solver):
             blur = Blur(options.solver_blur, options.image_size)
             net = Network(blur, *net) if type(net) is Network else nn.Sequential(blur, net)
         super().__init__(net)
-        self.noise = options.solver_noise
+        self.noise, self.distortion = options.solver_noise, options.solver_distortion
         self.optimiser = options.optimiser(self.net)
 
     def begin_task(self, task: int, *, replays: bool) -> None:
@@ -845,11 +864,12 @@ class Classifier(dgr.Solver):
 
     def learn(self, loss: Callable[..., Tensor], x: Tensor, y: Tensor, *replayed: Tensor) -> dict[str, Tensor]:
         """One step down the gradient of loss((x, y), replayed); replayed is (x', y') or nothing (see `dgr.Pairs`)."""
-        value = loss((self.noisy(x), y), (self.noisy(replayed[0]), replayed[1]) if replayed else None)
+        value = loss((self.varied(x), y), (self.varied(replayed[0]), replayed[1]) if replayed else None)
         step(self.optimiser, value)
         return {"loss": value.detach()}
 
-    def noisy(self, x: Tensor) -> Tensor:
+    def varied(self, x: Tensor) -> Tensor:
+        x = distorted(x, self.distortion) if self.distortion else x
         return x + self.noise * torch.randn_like(x) if self.noise else x
 
 

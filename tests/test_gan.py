@@ -587,6 +587,38 @@ def test_the_solvers_blur_is_a_gaussian_one_and_keeps_blank_images():
     torch.testing.assert_close(models.Blur(1.5, 32)(torch.ones(1, 1, 32, 32)), torch.ones(1, 1, 32, 32))
 
 
+def test_distortion_keeps_an_image_but_for_a_turn_a_shear_a_scale_and_a_shift():
+    grey = torch.full((4, 3, 32, 32), 0.5)
+    torch.testing.assert_close(models.distorted(grey, 3.0), grey)
+    x = torch.zeros(1, 1, 32, 32)
+    x[..., 10:22, 10:22] = 1.0
+    torch.testing.assert_close(models.distorted(x, 0.0), x, atol=1e-4, rtol=0)
+    torch.manual_seed(0)
+    images = models.distorted(x.expand(2000, -1, -1, -1), 1.0).flatten(1)
+    places = torch.cartesian_prod(torch.arange(32.0), torch.arange(32.0)) - 15.5
+    centre = images @ places / images.sum(dim=1, keepdim=True)
+    assert 0.9 * 0.04 * 32 < centre.abs().max() < 1.6 * 0.04 * 32  # pixels; a scale moves the centre, too
+    area = images.sum(dim=1) / 144
+    assert 0.75 < area.min() < 0.85 and 1.2 < area.max() < 1.35  # exp(-0.24) and exp(0.24)
+    assert len(images.unique(dim=0)) == 2000
+
+
+def test_a_solver_learns_from_distorted_images_and_answers_plain_ones(monkeypatch):
+    solver, x = small_scholar(solver_distortion=1.0).solver, bars(8)
+    monkeypatch.setattr(models, "distorted", lambda x, strength: (1 - strength / 2) * x)
+    seen, y = [], torch.zeros(8, dtype=torch.long)
+
+    def loss(current, replayed):
+        seen.extend([current[0], replayed[0]])
+        return solver(current[0]).square().mean()
+
+    answers = solver.answer_softly(x, 1.0)
+    solver.eval()
+    torch.testing.assert_close(answers, solver(x).softmax(dim=1))
+    solver.update(loss, (x, y), (x + 1, y))
+    assert torch.equal(seen[0], x / 2) and torch.equal(seen[1], (x + 1) / 2)
+
+
 @pytest.mark.parametrize("network", [{"solver": "cnn"}, {"solver": "mlp"}, {"heads": "task", "number_of_heads": 2}])
 def test_a_solver_sees_blurred_images_whether_it_learns_answers_or_is_remembered(network):
     torch.manual_seed(0)
