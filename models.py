@@ -821,8 +821,8 @@ class Blur(nn.Module):
 def distorted(x: Tensor, strength: float) -> Tensor:
     """Images (n, channels, size, size), each turned, sheared, scaled and shifted at random.
 
-    At a strength of 1, uniformly by up to 15 degrees, 0.2, 12 % (width and height apart) and 4 % of a side. What was
-    outside an image is as its border is.
+    At a strength of 1, uniformly by up to 15 degrees, 0.2, 12 % (width and height apart) and 4 % of a side. Beyond its
+    border, an image goes on as it ends there.
     """
     draws = strength * (2 * torch.rand(6, len(x), dtype=x.dtype, device=x.device) - 1)
     angle, shear, shift_x, shift_y = draws[0] * math.pi / 12, 0.2 * draws[1], 0.08 * draws[2], 0.08 * draws[3]
@@ -830,7 +830,8 @@ def distorted(x: Tensor, strength: float) -> Tensor:
     rows = [angle.cos() * wide, (shear - angle.sin()) * high, shift_x]  # coordinates go from -1 to 1
     rows += [angle.sin() * wide, angle.cos() * high, shift_y]
     places = F.affine_grid(torch.stack(rows, dim=1).view(-1, 2, 3), list(x.shape), align_corners=False)
-    return F.grid_sample(x, places, padding_mode="border", align_corners=False)
+    edge = 1 - 1 / x.shape[-1]  # the centres of the outermost pixels; older PyTorch has no border mode on Apple's GPUs
+    return F.grid_sample(x, places.clamp(-edge, edge), align_corners=False)
 
 
 class Classifier(dgr.Solver):
@@ -839,7 +840,7 @@ class Classifier(dgr.Solver):
     Drawn and real images differ in fine detail, by which a solver could tell old tasks from new ones. Two options are
     meant to hide it, in real and replayed images alike: with --solver-noise it learns from inputs with Gaussian noise
     on them, with --solver-blur a blur is the first layer of its net. Drawn images also vary less than real ones: with
-    --solver-distortion it learns from distorted images, with the targets of what they were.
+    --solver-distortion it learns from distorted images, with the originals' targets.
     """
 
     captured = ("learn",)

@@ -114,7 +114,7 @@ def test_resumed_run_is_the_run_that_was_never_stopped(tmp_path, small_mnist, wh
     [
         ["--replay-mode=none"],
         ["--replay-mode=exact-replay", "--replay-targets=soft", "--solver-noise=0.1", "--validation=0.2"],
-        ["--replay-mode=noise-replay"],
+        ["--replay-mode=noise-replay", "--solver-distortion=1"],
         ["--experiment=mnist-chain", "--lr-schedule=linear"],
         ["--measure-generator", "--measured-images=100"],
         ["--experiment=split-mnist", "--recipe=vae", "--lr-schedule=linear"],
