@@ -821,7 +821,7 @@ class Blur(nn.Module):
 def distorted(x: Tensor, strength: float) -> Tensor:
     """Images (n, channels, size, size), each turned, sheared, scaled and shifted at random.
 
-    At a strength of 1, uniformly by up to 15 degrees, 0.2, 12 % (width and height apart) and 4 % of a side. Beyond its
+    At a strength of 1, by up to 15 degrees, 0.2, about 12 % (width and height apart) and 4 % of a side. Beyond its
     border, an image goes on as it ends there.
     """
     draws = strength * (2 * torch.rand(6, len(x), dtype=x.dtype, device=x.device) - 1)
