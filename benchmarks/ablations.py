@@ -390,6 +390,8 @@ LEVERS = {
     "WGAN-GP and CNN, noise of 0.1 on the critic's inputs": Variation(SMALL_WGAN, times=HALF, instead=NOISY_CRITIC),
     "WGAN-GP and CNN, solver blur 0.75": Variation([*SMALL_WGAN, "--solver-blur=0.75"], times=HALF),
     "WGAN-GP and CNN, solver blur 0.75, exact replay": Variation([*SMALL_WGAN, "--solver-blur=0.75", EXACT]),
+    "WGAN-GP and CNN, solver distortion 1": Variation([*SMALL_WGAN, "--solver-distortion=1"], times=HALF),
+    "WGAN-GP and CNN, solver distortion 1, exact replay": Variation([*SMALL_WGAN, "--solver-distortion=1", EXACT]),
     "WGAN-GP and CNN, three times the generator's iterations": Variation(
         SMALL_WGAN, times={"generator_iterations": 3 * 0.5}
     ),
