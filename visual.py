@@ -399,6 +399,7 @@ def draw_task_boundaries(axes: "Axes", settings: Sequence[Setting]) -> None:
         axes.axvline(task * max(lengths), color="0.6", linestyle=":", linewidth=1, zorder=0)
     end = max(len(run.tasks) * run.lengths["solver"] for run in runs)
     axes.set(xlim=(0, end), ylim=(0, 1.01), xlabel="solver iterations")
+    axes.locator_params(axis="x", nbins=5)  # more numbers of five digits would touch
     axes.grid(axis="y", color="0.92")
 
 

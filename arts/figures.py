@@ -263,7 +263,8 @@ def beside_exact(experiments: dict[str, dict[str, list[Setting]]]) -> str:
 def write_picture(figure: Any, name: str, title: str) -> list[str]:
     path = ARTS / f"{name}.png"
     visual.write_figure(figure, path)
-    Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    few = Image.open(path).convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(path, optimize=True)
     return [f"![{title}]({path.name})", ""]
 
 

@@ -275,7 +275,7 @@ def test_lists_given_twice_add_up(tmp_path):
         ("--recipe=vae --experiment=split-mnist", {"solver": "mlp", "solver_iterations": 500, "temperature": 4}),
         ("--recipe=vae --experiment=mnist-chain", {"generator": "vae", "solver": "cnn", "solver_iterations": 5000}),
         ("--recipe=best", {"generator": "vae", "lr": 1e-3, "lr_schedule": "linear", "batch_size": 128}),
-        ("--recipe=best --experiment=split-mnist", {"generator": "wgan", "solver_channel_size": 256, "lr": 5e-4}),
+        ("--recipe=best --experiment=split-mnist", {"generator": "wgan", "solver_blur": 1.5, "solver_distortion": 1}),
         ("--recipe=best --experiment=mnist-chain", {"generator": "wgan", "generator_iterations": 14000, "lr": 5e-4}),
         ("--recipe=best --experiment=mnist-svhn", {"generator": "vae", "solver_channel_size": 256, "lr": 1e-3}),
         ("--recipe=best --experiment=svhn-mnist", {"generator": "wgan", "solver_iterations": 3000, "temperature": 4}),
