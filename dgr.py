@@ -331,8 +331,8 @@ class NoiseReplay(ModelReplay):
     """Gaussian noise as inputs, answered by the old solver: shows what the generator's inputs are worth.
 
     The noise has the mean and standard deviation of the images' values; with any others, the solver's batch
-    normalisation would collect statistics that fit neither. A solver that blurs or distorts
-    its inputs evens noise out. x' may lie outside [0, 1].
+    normalisation would collect statistics that fit neither. x' may lie outside [0, 1]. A solver that blurs or distorts
+    its inputs evens the noise out.
     """
 
     def __init__(self, old_scholar: Scholar, old_tasks: Sequence[Source], targets: Targets):

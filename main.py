@@ -34,7 +34,6 @@ from utils import DIRECTORIES, Run, RunPaths, UserError, flag, option
 SOFT = {"replay_targets": "soft", "importance_of_new_task": "auto"}  # soft where targets would be hard
 NARROW = SOFT | {"generator_c_channel_size": 16, "generator_g_channel_size": 16, "solver_channel_size": 256}
 BEST = NARROW | {"lr": 5e-4, "lr_schedule": "linear"}
-BEST_SPLIT_MNIST = BEST | {"solver_iterations": 3000, "solver_blur": 1.5, "solver_distortion": 1.0}
 BEST_CHAIN = {"generator_c_updates_per_g_update": 2, "generator_iterations": 14000, "solver_iterations": 6000}
 QUICK = NARROW | {"lr": 1e-3, "lr_schedule": "linear", "batch_size": 64, "mnist_permutation_number": 3}
 QUICK |= {"generator_z_size": 32, "generator_iterations": 400, "solver_iterations": 300}
@@ -58,7 +57,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "flow": {"": FLOW},
     "vae": {"": VAE, "split-mnist": VAE | {"solver_iterations": 500, "temperature": 4.0}},
 }
-RECIPES["best"]["split-mnist"] = BEST_SPLIT_MNIST
+RECIPES["best"]["split-mnist"] = BEST | {"solver_iterations": 3000, "solver_blur": 1.5, "solver_distortion": 1.0}
 RECIPES["best"]["mnist-svhn"] = BEST_SVHN | {"generator": "vae"}
 RECIPES["best"]["mnist-chain"], RECIPES["vae"]["mnist-chain"] = BEST | BEST_CHAIN, VAE | VAE_CHAIN
 
