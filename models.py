@@ -91,9 +91,6 @@ class ScholarOptions:
     solver_channel_size: int = option(
         1024, "channels of the last convolution, halved layer by layer before it (cnn); units (mlp)", "networks", low=1
     )
-    solver_noise: float = option(
-        0.0, "standard deviation of noise on its inputs, pixels from 0 to 1, while it learns", low=0, high=10
-    )
     solver_blur: float = option(
         0.0, "standard deviation of a Gaussian blur of its inputs, in pixels", "networks", low=0, high=100
     )
@@ -837,10 +834,9 @@ def distorted(x: Tensor, strength: float) -> Tensor:
 class Classifier(dgr.Solver):
     """A network that learns its answers with Adam. The last layer of a net is linear; it becomes one per head.
 
-    Drawn and real images differ in fine detail, by which a solver could tell old tasks from new ones. Two options are
-    meant to hide it, in real and replayed images alike: with --solver-noise it learns from inputs with Gaussian noise
-    on them, with --solver-blur a blur is the first layer of its net. Drawn images also vary less than real ones: with
-    --solver-distortion it learns from distorted images, with the originals' targets.
+    Drawn and real images differ in fine detail, by which a solver could tell old tasks from new ones: with
+    --solver-blur, a blur that is meant to hide it is the first layer of its net. Drawn images also vary less than real
+    ones: with --solver-distortion it learns from distorted images, real and replayed, with the originals' targets.
     """
 
     captured = ("learn",)
@@ -852,7 +848,7 @@ class Classifier(dgr.Solver):
             blur = Blur(options.solver_blur, options.image_size)
             net = Network(blur, *net) if type(net) is Network else nn.Sequential(blur, net)
         super().__init__(net)
-        self.noise, self.distortion = options.solver_noise, options.solver_distortion
+        self.distortion = options.solver_distortion
         self.optimiser = options.optimiser(self.net)
 
     def begin_task(self, task: int, *, replays: bool) -> None:
@@ -870,8 +866,7 @@ class Classifier(dgr.Solver):
         return {"loss": value.detach()}
 
     def varied(self, x: Tensor) -> Tensor:
-        x = distorted(x, self.distortion) if self.distortion else x
-        return x + self.noise * torch.randn_like(x) if self.noise else x
+        return distorted(x, self.distortion) if self.distortion else x
 
 
 class CNN(Classifier):

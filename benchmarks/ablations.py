@@ -330,6 +330,11 @@ def mixing(learn: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, T
     return learning
 
 
+def noisy_inputs(deviation: float) -> dict[tuple[Any, str], Any]:
+    """The solver learns from real and replayed images with Gaussian noise on them, and answers clean ones."""
+    return {(models.Classifier, "varied"): lambda self, x: x + deviation * torch.randn_like(x)}
+
+
 def with_dropout(initialise: Callable[..., None]) -> Callable[..., None]:
     """An MLP's `__init__` with a fifth of the units of both hidden layers dropped."""
 
@@ -376,10 +381,10 @@ LEVERS = {
     "temperature 8": Variation(["--temperature=8"]),
     "z of 16": Variation(["--generator-z-size=16"]),
     "z of 100": Variation(["--generator-z-size=100"]),
-    "solver noise 0.1": Variation(["--solver-noise=0.1"]),
-    "solver noise 0.1, exact replay": Variation(["--solver-noise=0.1", EXACT]),
-    "solver noise 0.2": Variation(["--solver-noise=0.2"]),
-    "solver noise 0.2, exact replay": Variation(["--solver-noise=0.2", EXACT]),
+    "solver noise 0.1": Variation(instead=noisy_inputs(0.1)),
+    "solver noise 0.1, exact replay": Variation([EXACT], instead=noisy_inputs(0.1)),
+    "solver noise 0.2": Variation(instead=noisy_inputs(0.2)),
+    "solver noise 0.2, exact replay": Variation([EXACT], instead=noisy_inputs(0.2)),
     "dropout": Variation(instead=DROPOUT),
     "dropout, exact replay": Variation([EXACT], instead=DROPOUT),
     "mixup": Variation(instead=MIXUP),

@@ -557,29 +557,6 @@ def test_networks_learn_images_of_other_sizes(generator, solver, size):
     assert scholar.solver.update(loss, (x, y), pairs)["loss"].isfinite()
 
 
-def test_a_solver_learns_from_noisy_inputs_real_and_replayed_ones_alike():
-    """And answers clean ones. Without noise, nothing is drawn."""
-    seen = []
-    x, y, x_replayed, y_replayed = (
-        torch.rand(40, 1, 32, 32),
-        torch.arange(40) % 10,
-        torch.rand(50, 1, 32, 32),
-        torch.ones(50),
-    )
-
-    def loss(current, replayed):
-        assert current[1] is y and replayed[1] is y_replayed
-        seen[:] = [current[0] - x, replayed[0] - x_replayed]
-        return solver(current[0]).sum()
-
-    for noise in (0.3, 0.0):
-        solver, before = small_scholar(solver_noise=noise).solver, torch.get_rng_state()
-        solver.update(loss, (x, y), (x_replayed, y_replayed))
-        assert [float(each.std()) for each in seen] == pytest.approx([noise] * 2, rel=0.02)
-        assert torch.equal(before, torch.get_rng_state()) == (noise == 0)
-        assert torch.equal(solver.answer(x), solver.answer(x))
-
-
 def test_the_solvers_blur_is_a_gaussian_one_and_keeps_blank_images():
     x = torch.rand(2, 3, 32, 32)
     blurred = models.Blur(1.5, 32)(x)
