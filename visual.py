@@ -399,7 +399,7 @@ def draw_task_boundaries(axes: "Axes", settings: Sequence[Setting]) -> None:
         axes.axvline(task * max(lengths), color="0.6", linestyle=":", linewidth=1, zorder=0)
     end = max(len(run.tasks) * run.lengths["solver"] for run in runs)
     axes.set(xlim=(0, end), ylim=(0, 1.01), xlabel="solver iterations")
-    axes.locator_params(axis="x", nbins=5)  # more numbers of five digits would touch
+    axes.locator_params(axis="x", nbins=5 if tasks <= FEW else 4)  # more numbers would touch
     axes.grid(axis="y", color="0.92")
 
 
@@ -441,7 +441,6 @@ def precision_figure(settings: Sequence[Setting]) -> "Figure":
         if tasks > FEW:
             average = setting.curve(Run.average_precision, tasks > MANY)
             draw_band(axes, average, label="average on the tasks so far", color="black", linewidth=2.4, zorder=3)
-            axes.locator_params("x", nbins=4)
         for task, (title, colour) in enumerate(zip(setting.first.task_titles, colours, strict=False), start=1):
             curve = setting.curve(partial(Run.precision, task=task), tasks > MANY)
             style = {"label": f"task {task}" if several else title, "linestyle": DASHES[(task - 1) % len(DASHES)]}

@@ -589,20 +589,26 @@ def test_each_image_is_distorted_at_random_and_a_blank_one_stays_as_it_is():
 
 
 def test_a_solver_learns_from_distorted_images_and_answers_plain_ones(monkeypatch):
+    """The targets stay as they are. Without distortion, nothing is drawn."""
     solver, x = small_scholar(solver_distortion=1.0).solver, bars(8)
     monkeypatch.setattr(models, "distorted", lambda x, strength: (1 - strength / 2) * x)
-    seen, y = [], torch.zeros(8, dtype=torch.long)
+    seen, y, y_replayed = [], torch.zeros(8, dtype=torch.long), torch.ones(8, dtype=torch.long)
 
     def loss(current, replayed):
-        seen.extend([current[0], replayed[0]])
-        return solver(current[0]).square().mean()
+        assert current[1] is y and replayed[1] is y_replayed
+        seen[:] = [current[0], replayed[0]]
+        return learner(current[0]).square().mean()
 
     plain = small_scholar().solver
     plain.load_state_dict(solver.state_dict())
     for each in (solver, solver.remember()):
         torch.testing.assert_close(each.answer_softly(x, 1.0), plain.answer_softly(x, 1.0))
-    solver.update(loss, (x, y), (x + 1, y))
-    assert torch.equal(seen[0], x / 2) and torch.equal(seen[1], (x + 1) / 2)
+    for learner, share in ((solver, 2), (plain, 1)):
+        before = torch.get_rng_state()
+        learner.update(loss, (x, y), (x + 1, y_replayed))
+        assert torch.equal(seen[0], x / share) and torch.equal(seen[1], (x + 1) / share)
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(solver.answer(x), solver.answer(x))
 
 
 @pytest.mark.parametrize("network", [{"solver": "cnn"}, {"solver": "mlp"}, {"heads": "task", "number_of_heads": 2}])

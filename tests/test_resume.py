@@ -113,7 +113,7 @@ def test_resumed_run_is_the_run_that_was_never_stopped(tmp_path, small_mnist, wh
     "setting",
     [
         ["--replay-mode=none"],
-        ["--replay-mode=exact-replay", "--replay-targets=soft", "--validation=0.2"],
+        ["--replay-mode=exact-replay", "--replay-targets=soft", "--solver-distortion=1", "--validation=0.2"],
         ["--replay-mode=noise-replay", "--solver-distortion=1"],
         ["--experiment=mnist-chain", "--lr-schedule=linear"],
         ["--measure-generator", "--measured-images=100"],
