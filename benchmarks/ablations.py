@@ -392,6 +392,7 @@ LEVERS = {
     "WGAN-GP and CNN": Variation(SMALL_WGAN, times=HALF),
     "WGAN-GP and CNN, exact replay": Variation([*SMALL_WGAN, EXACT]),
     "WGAN-GP and CNN, average of the generator's weights": Variation(SMALL_WGAN, times=HALF, instead=AVERAGED_WGAN),
+    "WGAN-GP and CNN, generator told the classes": Variation([*SMALL_WGAN, "--generator-conditional"], times=HALF),
     "WGAN-GP and CNN, noise of 0.1 on the critic's inputs": Variation(SMALL_WGAN, times=HALF, instead=NOISY_CRITIC),
     "WGAN-GP and CNN, solver blur 0.75": Variation([*SMALL_WGAN, "--solver-blur=0.75"], times=HALF),
     "WGAN-GP and CNN, solver blur 0.75, exact replay": Variation([*SMALL_WGAN, "--solver-blur=0.75", EXACT]),
