@@ -14,6 +14,7 @@ What readers of the paper compare it with is here too: `LwF`, `Joint`, `EWC`, an
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -198,6 +199,7 @@ class ReplayMode(nn.Module):
     importance: float | str | None = None  # r of equation 1, if the mode prescribes it
     block = 64  # pairs that a model draws at once; the task loop sets it to what suits the device
     pool = 0  # pairs that a model draws once and replays again and again; 0: it draws each for one use
+    distortion = 0.0  # of what a model draws, before the old solver answers it (see `distorted`)
     current: Source  # D_i, which the task loop sets
 
     def __init__(self, old_scholar: Scholar, old_tasks: Sequence[Source], targets: Targets):
@@ -281,7 +283,13 @@ class ModelReplay(ReplayMode):
         return x, self.targets.answers(self.old_scholar.solver, x)
 
     def sample(self, n: int) -> Pairs:
-        return self._next("pairs", n)
+        if not self.distortion:
+            return self._next("pairs", n)
+        if self.targets.kind == "own":
+            x, y = self._next("pairs", n)
+            return distorted(x, self.distortion), y
+        x = distorted(self.inputs(n), self.distortion)
+        return x, self.targets.answers(self.old_scholar.solver, x)
 
     def inputs(self, n: int) -> Tensor:
         return self._next("inputs", n)[0]
@@ -425,6 +433,22 @@ class EWC(nn.Module):
 # To add a penalty, write a class like this and add a line here.
 PENALTIES: dict[str, Callable[[float], EWC] | None] = {"none": None, "ewc": EWC}
 Penalty = Callable[[Solver], Tensor] | None
+
+
+def distorted(x: Tensor, strength: float) -> Tensor:
+    """Images (n, channels, size, size), each turned, sheared, scaled and shifted at random.
+
+    At a strength of 1, by up to 15 degrees, 0.2, about 12 % (width and height apart) and 4 % of a side. Beyond its
+    border, an image goes on as it ends there.
+    """
+    draws = strength * (2 * torch.rand(6, len(x), dtype=x.dtype, device=x.device) - 1)
+    angle, shear, shift_x, shift_y = draws[0] * math.pi / 12, 0.2 * draws[1], 0.08 * draws[2], 0.08 * draws[3]
+    wide, high = (0.12 * draws[4:]).exp()
+    rows = [angle.cos() * wide, (shear - angle.sin()) * high, shift_x]  # coordinates go from -1 to 1
+    rows += [angle.sin() * wide, angle.cos() * high, shift_y]
+    places = F.affine_grid(torch.stack(rows, dim=1).view(-1, 2, 3), list(x.shape), align_corners=False)
+    edge = 1 - 1 / x.shape[-1]  # the centres of the outermost pixels; older PyTorch has no border mode on Apple's GPUs
+    return F.grid_sample(x, places.clamp(-edge, edge), align_corners=False)
 
 
 def importance_of_new_task(setting: float | str, task: int) -> float:

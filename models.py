@@ -1,7 +1,8 @@
 """Generators and solvers: the networks, how they learn, and the device and number format they compute in.
 
-`WGAN`, `VAE` and `Flow` learn the inputs, `CNN` and `MLP` the answers, through the interfaces in `dgr.py`. To add one,
-write a class like these and add a line to `GENERATORS` or `SOLVERS`; its options are fields of the dataclasses below.
+`WGAN`, `VAE`, `Flow` and `ConvFlow` learn the inputs, `CNN` and `MLP` the answers, through the interfaces in `dgr.py`.
+To add one, write a class like these and add a line to `GENERATORS` or `SOLVERS`; its options are fields of the
+dataclasses below.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import copy
 import gc
 import hashlib
 import importlib
+import itertools
 import math
 import os
 import re
@@ -68,17 +70,19 @@ class ScholarOptions:
 
     image_size: int = option(32, SIZES, "networks", choices=range(16, 129, 16), metavar="N", group="images")
     generator: str = option(
-        "wgan", "WGAN-GP, VAE, flow matching, or your own MODULE:CLASS", "networks", choices=lambda: GENERATORS,
-        parse=class_of(lambda: GENERATORS, dgr.Generator), group="generator", metavar="{wgan,vae,flow,MODULE:CLASS}",
+        "wgan", "WGAN-GP, VAE, flow matching (linear layers or convolutions), or your own MODULE:CLASS", "networks",
+        choices=lambda: GENERATORS, parse=class_of(lambda: GENERATORS, dgr.Generator), group="generator",
+        metavar="{wgan,vae,flow,conv-flow,MODULE:CLASS}",
     )  # fmt: skip
     generator_lambda: float = option(10.0, "weight of the gradient penalty (wgan)", low=0)
     generator_z_size: int = option(100, "size of the noise (wgan, vae)", "networks", low=1)
     generator_c_channel_size: int = option(64, "channels of the critic's first layer (wgan)", "networks", low=1)
     generator_g_channel_size: int = option(
-        64, "channels of the generator's last hidden layer (wgan), or units / 16 (vae), / 32 (flow)", "networks", low=1
-    )
+        64, "channels of the last hidden layer (wgan), half of them (conv-flow), or units / 16 (vae), / 32 (flow)",
+        "networks", low=1,
+    )  # fmt: skip
     generator_c_updates_per_g_update: int = option(5, "critic updates per generator update (wgan)", low=1)
-    generator_steps: int = option(16, "steps from noise to an image (flow)", low=1)
+    generator_steps: int = option(16, "steps from noise to an image (flow, conv-flow)", low=1)
     generator_conditional: bool = option(False, "tell the generator the class of each image", "networks")
     solver: str = option(
         "cnn", "convolutional or linear layers, or MODULE:CLASS", "networks", choices=lambda: SOLVERS, group="solver",
@@ -732,10 +736,12 @@ class Flow(dgr.Generator):
 
     def __init__(self, image_channels: int, options: ScholarOptions):
         shape = (image_channels, options.image_size, options.image_size)
-        width, classes = 32 * options.generator_g_channel_size, options.generator_classes
-        net = Trajectory(shape, width, classes, options.generator_steps)
-        super().__init__(net, math.prod(shape), classes)
+        net = self.trajectory(shape, options.generator_g_channel_size, options)
+        super().__init__(net, net.pixels, options.generator_classes)
         self.optimiser = options.optimiser(self.net)
+
+    def trajectory(self, shape: tuple[int, int, int], size: int, options: ScholarOptions) -> "Trajectory":
+        return Trajectory(shape, 32 * size, options.generator_classes, options.generator_steps)
 
     def learn(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         """One step down the cross-entropy of the estimates of x (n, channels, 32, 32), of classes y (n,), per pixel.
@@ -744,7 +750,7 @@ class Flow(dgr.Generator):
         weighs all times t equally, and tells a black pixel from a dark one.
         """
         x = x.clamp(0, 1).repeat(self.draws, 1, 1, 1)  # noise replay's x may lie outside
-        t = torch.rand(len(x), 1, dtype=x.dtype, device=x.device)
+        t = self.net.time(torch.rand(len(x), 1, dtype=x.dtype, device=x.device))
         if y is not None:
             self.seen[y] = 1
             y = F.one_hot(y.repeat(self.draws), self.classes)
@@ -758,18 +764,22 @@ class Trajectory(nn.Module):
     """The flow's network: from noise (n, pixels), and classes (n, classes), to images in `steps` steps."""
 
     frequencies = 16  # of sines and cosines that tell the layers the time
+    shift = 1.0  # of `time`
 
     def __init__(self, shape: tuple[int, int, int], width: int, classes: int, steps: int):
         super().__init__()
-        self.pixels, self.steps = math.prod(shape), steps
+        self.shape, self.pixels, self.steps = shape, math.prod(shape), steps
+        self.layers = self.make_layers(width, 2 * self.frequencies + classes)
+        self.register_buffer("frequency", 1000 ** (1 - torch.arange(self.frequencies) / self.frequencies))
+
+    def make_layers(self, width: int, told: int) -> Network:
+        """Layers for x_t (n, pixels) and what else they are told (n, told), one beside the other."""
 
         def residual() -> Residual:
             return Residual(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
 
-        first = nn.Linear(self.pixels + 2 * self.frequencies + classes, width)
-        last = nn.Linear(width, self.pixels)
-        self.layers = Network(first, residual(), residual(), nn.SiLU(), last, Sigmoid(), nn.Unflatten(1, shape))
-        self.register_buffer("frequency", 1000 ** (1 - torch.arange(self.frequencies) / self.frequencies))
+        first, last = nn.Linear(self.pixels + told, width), nn.Linear(width, self.pixels)
+        return Network(first, residual(), residual(), nn.SiLU(), last, Sigmoid(), nn.Unflatten(1, self.shape))
 
     def scores(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """The estimate before the sigmoid: (n, pixels)."""
@@ -781,11 +791,15 @@ class Trajectory(nn.Module):
         """What x (n, channels, 32, 32) is on average, given x_t (n, pixels) at t (n, 1) and classes y (n, classes)."""
         return self.layers[-2:](self.scores(x_t, t, y))
 
+    def time(self, u: Any) -> Any:
+        """The time t for u in [0, 1], each a number or a tensor; with a shift above 1, most times are early."""
+        return u / (u + self.shift * (1 - u))
+
     def forward(self, noise: Tensor) -> Tensor:
         x, y = noise.split([self.pixels, noise.shape[1] - self.pixels], dim=1)
-        for i in range(self.steps):
-            image = self.estimate(x, x.new_full((len(x), 1), i / self.steps), y)
-            x = x + (2 * image.flatten(1) - 1 - x) / (self.steps - i)
+        for t, after in itertools.pairwise(self.time(i / self.steps) for i in range(self.steps + 1)):
+            image = self.estimate(x, x.new_full((len(x), 1), t), y)
+            x = x + (2 * image.flatten(1) - 1 - x) * ((after - t) / (1 - t))
         return image
 
 
@@ -796,8 +810,74 @@ class Residual(nn.Sequential):
         return x + super().forward(x)
 
 
+class ConvFlow(Flow):
+    """Flow matching with convolutions, for images whose neighbouring pixels belong together; it takes longer."""
+
+    def trajectory(self, shape: tuple[int, int, int], size: int, options: ScholarOptions) -> Trajectory:
+        return ConvTrajectory(shape, 2 * size, options.generator_classes, options.generator_steps)
+
+
+class ConvTrajectory(Trajectory):
+    """The same with a U-Net. What will be drawn is decided early: that is where it spends most of its steps."""
+
+    shift = 3.0
+
+    def make_layers(self, width: int, told: int) -> Network:
+        return Network(UNet(self.shape, width, told), Sigmoid(), nn.Unflatten(1, self.shape))
+
+
+class UNet(nn.Module):
+    """Convolutions at a half, a quarter and an eighth of an image's sides, and back (Ronneberger et al. 2015).
+
+    From images and what else it is told, (n, pixels + told), to scores (n, pixels). It has `width` channels at a half,
+    2 `width` at a quarter, 4 `width` at an eighth (arXiv 1505.04597).
+    """
+
+    def __init__(self, shape: tuple[int, int, int], width: int, told: int):
+        super().__init__()
+        self.shape, self.told = shape, nn.Sequential(nn.Linear(told, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU())
+        self.first = Convolution(4 * shape[0], width, 3, padding=1)
+        self.at_half = ToldBlock(width, width)
+        self.at_quarter = ToldBlock(width, 2 * width, stride=2)
+        self.at_eighth = nn.ModuleList([ToldBlock(2 * width, 4 * width, stride=2), ToldBlock(4 * width, 4 * width)])
+        self.back_to_quarter, self.back_to_half = ToldBlock(6 * width, 2 * width), ToldBlock(3 * width, width)
+        last = Convolution(width, 4 * shape[0], 3, padding=1)
+        self.last = nn.Sequential(nn.GroupNorm(math.gcd(4, width), width), nn.SiLU(), last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, told = x.split([math.prod(self.shape), self.told[0].in_features], dim=1)
+        told, x = self.told(told), F.pixel_unshuffle(x.unflatten(1, self.shape), 2)  # (n, 4 channels, 16, 16)
+        half = self.at_half(self.first(x.contiguous(memory_format=torch.channels_last)), told)
+        quarter = self.at_quarter(half, told)
+        x = quarter
+        for block in self.at_eighth:
+            x = block(x, told)
+        for block, seen in ((self.back_to_quarter, quarter), (self.back_to_half, half)):
+            x = block(torch.cat([F.interpolate(x, scale_factor=2.0), seen], dim=1), told)
+        return F.pixel_shuffle(self.last(x), 2).flatten(1)
+
+
+class ToldBlock(nn.Module):
+    """Two convolutions, added to their input; what it is told (n, 64) scales and shifts the values between them."""
+
+    def __init__(self, channels: int, width: int, stride: int = 1):
+        super().__init__()
+        self.first = Convolution(channels, width, 3, stride=stride, padding=1)
+        self.second = Convolution(width, width, 3, padding=1)
+        self.normal, self.told = nn.GroupNorm(math.gcd(4, width), width), nn.Linear(64, 2 * width)
+        same = channels == width and stride == 1  # pooled: PyTorch's gradient of a 1 x 1 with stride 2 can crash
+        self.shortcut = nn.Identity() if same else nn.Sequential(nn.AvgPool2d(stride), Convolution(channels, width, 1))
+
+    def forward(self, x: Tensor, told: Tensor) -> Tensor:
+        scale, shift = self.told(told)[:, :, None, None].chunk(2, dim=1)
+        between = F.silu(self.normal(self.first(x)) * (1 + scale) + shift)
+        return self.shortcut(x) + self.second(between)
+
+
 # To add a generator, write a class like these and add a line here: it becomes a choice of --generator.
-GENERATORS: dict[str, Callable[[int, ScholarOptions], dgr.Generator]] = {"wgan": WGAN, "vae": VAE, "flow": Flow}
+GENERATORS: dict[str, Callable[[int, ScholarOptions], dgr.Generator]] = {
+    "wgan": WGAN, "vae": VAE, "flow": Flow, "conv-flow": ConvFlow,
+}  # fmt: skip
 
 
 class Blur(nn.Module):
@@ -813,22 +893,6 @@ class Blur(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight @ x @ self.weight.T
-
-
-def distorted(x: Tensor, strength: float) -> Tensor:
-    """Images (n, channels, size, size), each turned, sheared, scaled and shifted at random.
-
-    At a strength of 1, by up to 15 degrees, 0.2, about 12 % (width and height apart) and 4 % of a side. Beyond its
-    border, an image goes on as it ends there.
-    """
-    draws = strength * (2 * torch.rand(6, len(x), dtype=x.dtype, device=x.device) - 1)
-    angle, shear, shift_x, shift_y = draws[0] * math.pi / 12, 0.2 * draws[1], 0.08 * draws[2], 0.08 * draws[3]
-    wide, high = (0.12 * draws[4:]).exp()
-    rows = [angle.cos() * wide, (shear - angle.sin()) * high, shift_x]  # coordinates go from -1 to 1
-    rows += [angle.sin() * wide, angle.cos() * high, shift_y]
-    places = F.affine_grid(torch.stack(rows, dim=1).view(-1, 2, 3), list(x.shape), align_corners=False)
-    edge = 1 - 1 / x.shape[-1]  # the centres of the outermost pixels; older PyTorch has no border mode on Apple's GPUs
-    return F.grid_sample(x, places.clamp(-edge, edge), align_corners=False)
 
 
 class Classifier(dgr.Solver):
@@ -866,7 +930,7 @@ class Classifier(dgr.Solver):
         return {"loss": value.detach()}
 
     def varied(self, x: Tensor) -> Tensor:
-        return distorted(x, self.distortion) if self.distortion else x
+        return dgr.distorted(x, self.distortion) if self.distortion else x
 
 
 class CNN(Classifier):
@@ -928,6 +992,7 @@ IDLE = {
     "wgan": ("generator_steps",),
     "vae": (*NO_CRITIC, "generator_steps"),
     "flow": (*NO_CRITIC, "generator_z_size"),
+    "conv-flow": (*NO_CRITIC, "generator_z_size"),
 }
 
 

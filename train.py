@@ -54,6 +54,9 @@ class TrainingOptions:
     replay_targets: str | None = option(None, TARGETS, choices=("true", "hard", "soft", "own"))
     temperature: float | None = option(None, "softmax temperature of soft targets (default: 2)", low=0.01, high=1000)
     replay_pool: int = option(0, "inputs drawn once per task, to use again and again; 0: to use once (models)", low=0)
+    replay_distortion: float = option(
+        0.0, "random distortion of drawn images before the old solver answers them (models)", low=0, high=3
+    )
     importance_of_new_task: float | str = option(
         0.3, "r of equation 1, or auto: 1/i at task i (always so in joint)", parse=importance, metavar="R"
     )
@@ -99,7 +102,7 @@ def unused(options: TrainingOptions) -> dict[str, str]:
     mode = dgr.REPLAY_MODES[options.replay_mode]
     found = {"penalty_weight": "--penalty=none"} if options.penalty == "none" else {}
     if mode is None or not issubclass(mode, dgr.ModelReplay):
-        found["replay_pool"] = f"--replay-mode={options.replay_mode}"
+        found |= dict.fromkeys(("replay_pool", "replay_distortion"), f"--replay-mode={options.replay_mode}")
     if mode is not None and mode.importance:
         found["importance_of_new_task"] = f"--replay-mode={options.replay_mode}"
     return found
@@ -298,6 +301,7 @@ class Training:
         old_scholar = self.before.scholar if self.before and self.task == self.first else self.scholar
         replay = mode(old_scholar, old_tasks, self.options.targets)
         replay.block, replay.pool = self.images_at_once, self.options.replay_pool
+        replay.distortion = self.options.replay_distortion
         replay.current = self.tasks[self.task - 1].train
         return replay
 

@@ -356,6 +356,20 @@ def test_an_update_that_waits_for_the_device_is_found(monkeypatch):
         learn_on_meta("none")
 
 
+@pytest.mark.parametrize("pool", [0, 10])
+@pytest.mark.parametrize("kind", ["hard", "soft", "own"])
+def test_the_old_solver_answers_the_distorted_images_and_the_generator_learns_plain_ones(kind, pool, monkeypatch):
+    scholar = small_scholar(generator_conditional=True)
+    scholar.generator.seen[:] = 1
+    replay = dgr.GenerativeReplay(scholar, [], dgr.Targets(kind))
+    replay.block, replay.pool, replay.distortion = 8, pool, 0.5
+    monkeypatch.setattr(dgr, "distorted", lambda x, strength: x + 2 * strength)
+    x, y = replay.sample(6)
+    assert x.min() >= 1 and replay.inputs(6).max() <= 1
+    answers = replay.targets.answers(replay.old_scholar.solver, x)
+    assert len(x) == len(y) == 6 and (kind == "own" or torch.equal(y, answers))
+
+
 # ---------------------------------------------------------------------------------- an output layer per task, penalty
 
 
@@ -476,13 +490,13 @@ def test_a_penalty_is_added_to_equation_1_whatever_is_replayed():
 CONDITIONAL = {"generator_conditional": True}
 
 
-@pytest.mark.parametrize("kind", ["wgan", "vae", "flow"])
+@pytest.mark.parametrize("kind", ["wgan", "vae", "flow", "conv-flow"])
 def test_a_conditional_generator_draws_the_classes_seen_equally_often(kind):
     generator = small_scholar(generator=kind, **CONDITIONAL).generator
     for label in (2, 7, 7, 7):  # one more often than the other
         list(dgr.learn_generator(generator, Constant(0.5, label), None, r=1.0, iterations=1, batch_size=4))
     z = generator.remember().noise(2000)
-    size = 1024 if kind == "flow" else 5
+    size = 1024 if "flow" in kind else 5
     assert z.shape == (2000, size + 10) and torch.equal(z[:, size:].sum(dim=1), torch.ones(2000))
     counts = z[:, size:].sum(dim=0)
     assert counts.nonzero().flatten().tolist() == [2, 7] and abs(counts[2] - 1000) < 112  # five standard deviations

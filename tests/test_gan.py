@@ -543,7 +543,7 @@ def test_solver_depth_and_reducing_layers(depth, reducing_layers, size):
     assert solver(torch.rand(2, 3, 32, 32)).shape == (2, 10)
 
 
-@pytest.mark.parametrize("generator, solver", [("wgan", "cnn"), ("vae", "mlp"), ("flow", "mlp")])
+@pytest.mark.parametrize("generator, solver", [("wgan", "cnn"), ("vae", "mlp"), ("flow", "mlp"), ("conv-flow", "cnn")])
 @pytest.mark.parametrize("size", [16, 48, 128])
 def test_networks_learn_images_of_other_sizes(generator, solver, size):
     """Five convolutions that halve bring 48 to 2: a side that is not even is rounded up."""
@@ -570,7 +570,7 @@ def test_distortion_turns_shears_shifts_and_scales(monkeypatch):
     side = (torch.arange(32.0) + 0.5) / 16 - 1
     places = torch.stack(torch.meshgrid(side, side, indexing="xy"))
     monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.full((6, 6), 0.5) + torch.eye(6) / 2)
-    seen = models.distorted(places.expand(6, -1, -1, -1), 0.5)
+    seen = dgr.distorted(places.expand(6, -1, -1, -1), 0.5)
     inner = torch.cat([places[:, 8:24, 8:24].reshape(2, -1), torch.ones(1, 256)]).T.expand(6, -1, -1)
     found = torch.linalg.lstsq(inner, seen[:, :, 8:24, 8:24].reshape(6, 2, -1).mT).solution.mT
     c, s, e = math.cos(math.pi / 24), math.sin(math.pi / 24), math.exp(0.06)
@@ -582,16 +582,16 @@ def test_distortion_turns_shears_shifts_and_scales(monkeypatch):
 
 def test_each_image_is_distorted_at_random_and_a_blank_one_stays_as_it_is():
     grey = torch.full((4, 3, 32, 32), 0.5)
-    torch.testing.assert_close(models.distorted(grey, 3.0), grey)
+    torch.testing.assert_close(dgr.distorted(grey, 3.0), grey)
     x = bars(1).expand(100, -1, -1, -1)
-    assert len(models.distorted(x, 1.0).flatten(1).unique(dim=0)) == 100
-    torch.testing.assert_close(models.distorted(x, 0.0), x, atol=1e-4, rtol=0)
+    assert len(dgr.distorted(x, 1.0).flatten(1).unique(dim=0)) == 100
+    torch.testing.assert_close(dgr.distorted(x, 0.0), x, atol=1e-4, rtol=0)
 
 
 def test_a_solver_learns_from_distorted_images_and_answers_plain_ones(monkeypatch):
     """The targets stay as they are. Without distortion, nothing is drawn."""
     solver, x = small_scholar(solver_distortion=1.0).solver, bars(8)
-    monkeypatch.setattr(models, "distorted", lambda x, strength: (1 - strength / 2) * x)
+    monkeypatch.setattr(dgr, "distorted", lambda x, strength: (1 - strength / 2) * x)
     seen, y, y_replayed = [], torch.zeros(8, dtype=torch.long), torch.ones(8, dtype=torch.long)
 
     def loss(current, replayed):
@@ -678,20 +678,26 @@ def test_some_layers_of_a_network_compute_in_its_format(dtype):
     torch.testing.assert_close(scores.sigmoid(), network(z).flatten(1), rtol=0, atol=0)
 
 
-def test_flow_learns_and_is_remembered_like_any_generator():
-    flow = small_scholar(generator="flow").generator
+FLOWS = pytest.mark.parametrize("kind", ["flow", "conv-flow"])
+
+
+@FLOWS
+def test_flow_learns_and_is_remembered_like_any_generator(kind):
+    flow = small_scholar(generator=kind).generator
     losses = [float(flow.update(lambda: bars(8))["flow-matching"]) for _ in range(60)]
     assert losses[-1] < losses[0] / 2, losses
     old = flow.remember()
     assert old.sample(3).shape == (3, 1, 32, 32) and not hasattr(old, "optimiser")
 
 
-def test_flow_loss_is_that_of_the_estimate_of_each_image():
-    flow = small_scholar(generator="flow", generator_conditional=True).double().generator
+@FLOWS
+def test_flow_loss_is_that_of_the_estimate_of_each_image(kind):
+    flow = small_scholar(generator=kind, generator_conditional=True).double().generator
     flow.draws = 3
     x, y = torch.rand(4, 1, 32, 32, dtype=torch.float64), torch.tensor([1, 2, 3, 3])
     torch.manual_seed(1)
     t, noise = torch.rand(12, 1, dtype=torch.float64), torch.randn(12, 1, 32, 32, dtype=torch.float64)
+    t = t if kind == "flow" else t / (3 - 2 * t)
     errors = []
     for row in range(12):
         image, label = x[row % 4], nn.functional.one_hot(y[row % 4], 10)
@@ -703,9 +709,12 @@ def test_flow_loss_is_that_of_the_estimate_of_each_image():
     assert flow.seen.nonzero().flatten().tolist() == [1, 2, 3]
 
 
-def test_flow_draws_what_it_estimates_and_with_many_steps_the_distribution():
+@pytest.mark.parametrize(
+    "trajectory, of_two, many", [(models.Trajectory, 0.165 / 4, 100), (models.ConvTrajectory, 0.0297 / 2, 300)]
+)
+def test_flow_draws_what_it_estimates_and_with_many_steps_the_distribution(trajectory, of_two, many):
     """For pixels of a Gaussian, the best estimate is known, and the flow ends in that Gaussian."""
-    net, deviation, noise = models.Trajectory((1, 16, 16), 8, 0, steps=1), 0.3, torch.randn(400, 256)
+    net, deviation, noise = trajectory((1, 16, 16), 8, 0, steps=1), 0.3, torch.randn(400, 256)
     estimate_of = net.estimate
 
     def best(x_t, t, y=None):
@@ -714,7 +723,7 @@ def test_flow_draws_what_it_estimates_and_with_many_steps_the_distribution():
 
     net.estimate = best
     assert net(noise).std() == 0  # one step leads to the mean
-    for net.steps, expected in ((2, 0.165 / 4), (100, 0.15)):  # of images in [0, 1]: half of what it is in [-1, 1]
+    for net.steps, expected in ((2, of_two), (many, 0.15)):  # of images in [0, 1]: half of what it is in [-1, 1]
         images = net(noise)
         assert images.std().item() == pytest.approx(expected, abs=0.005), net.steps
         assert images.mean().item() == pytest.approx(0.5, abs=0.005)
@@ -828,8 +837,8 @@ def eager_and_captured(options, device, **settings):
 
 PARTS = pytest.mark.parametrize(
     "parts",
-    [{}, {"generator": "vae", "solver": "mlp"}, {"generator": "flow"}],
-    ids=["wgan-cnn", "vae-mlp", "flow-cnn"],
+    [{}, {"generator": "vae", "solver": "mlp"}, {"generator": "flow"}, {"generator": "conv-flow"}],
+    ids=["wgan-cnn", "vae-mlp", "flow-cnn", "conv-flow-cnn"],
 )
 
 
