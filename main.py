@@ -34,7 +34,8 @@ from utils import DIRECTORIES, Run, RunPaths, UserError, flag, option
 SOFT = {"replay_targets": "soft", "importance_of_new_task": "auto"}  # soft where targets would be hard
 NARROW = SOFT | {"generator_c_channel_size": 16, "generator_g_channel_size": 16, "solver_channel_size": 256}
 BEST = NARROW | {"lr": 5e-4, "lr_schedule": "linear"}
-BEST_CHAIN = {"generator_c_updates_per_g_update": 2, "generator_iterations": 14000, "solver_iterations": 6000}
+BEST_CHAIN = {"generator": "conv-flow", "generator_conditional": True, "generator_iterations": 8000}
+BEST_CHAIN |= {"solver_iterations": 6000, "replay_pool": 20_000, "replay_distortion": 1.0}
 QUICK = NARROW | {"lr": 1e-3, "lr_schedule": "linear", "batch_size": 64, "mnist_permutation_number": 3}
 QUICK |= {"generator_z_size": 32, "generator_iterations": 400, "solver_iterations": 300}
 QUICK_SVHN = QUICK | {"generator_iterations": 600, "solver_iterations": 900}
@@ -87,7 +88,7 @@ class Options(
         keys = ("replay_targets", "generator", "solver", "penalty")
         parts += [changed[key].replace(":", ".") for key in keys if key in changed]
         words = {"heads": "task-heads", "generator_conditional": "conditional", "validation": "validation"}
-        parts += [words[key] for key in words if key in changed]
+        parts += ["un" * (changed[key] is False) + words[key] for key in words if key in changed]
         parts += [f"{self.image_size}px"] if "image_size" in changed else []
         return "-".join(parts + (["continued"] if self.continue_from else []))
 
@@ -98,7 +99,7 @@ class Options(
     @property
     def flags(self) -> list[str]:
         """The flags, besides experiment, replay mode, recipe and seed, that decide what is learned."""
-        flags = [flag(key) + (f"={value}" if value is not True else "") for key, value in self.changed().items()]
+        flags = [flag(key, value) for key, value in self.changed().items()]
         return flags + ([f"--continue-from={self.continue_from.name}"] if self.continue_from else [])
 
     @property

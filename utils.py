@@ -55,8 +55,10 @@ def default_of(f: Field) -> Any:
     return f.default if f.default_factory is MISSING else f.default_factory()
 
 
-def flag(key: str) -> str:
-    return f"--{key.replace('_', '-')}"
+def flag(key: str, value: Any = True) -> str:
+    """An option as it stands on a command line, with its value if that is not True; False is a no- before its name."""
+    name = key.replace("_", "-")
+    return f"--{name}" if value is True else f"--no-{name}" if value is False else f"--{name}={value}"
 
 
 def to_path(text: str) -> Path:
@@ -91,13 +93,13 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
             continue
         if title := settings.pop("group", None):
             group = parser.add_argument_group(title)
-        help, choices, name, _ = (settings.pop(key, None) for key in ("help", "choices", "exclusive", "changes"))
+        help, choices, name, changes = (settings.pop(key, None) for key in ("help", "choices", "exclusive", "changes"))
         limits = {key: settings.pop(key) for key in ("low", "high", "above", "below") if key in settings}
         if name and name not in exclusive:
             exclusive[name] = group.add_mutually_exclusive_group(required=name == "required")
         target = exclusive.get(name, group)
         if isinstance(default, bool):
-            settings["action"] = "store_true"
+            settings["action"] = argparse.BooleanOptionalAction if changes else "store_true"  # recipes may set it
         elif choices is not None:
             choices = list(choices() if callable(choices) else choices)
             settings |= {} if "parse" in settings else {"choices": choices, "type": type(choices[0])}
@@ -110,7 +112,8 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
             settings["type"] = settings.pop("parse")
         if default is not None and default is not False:
             help += f" (default: {default})"
-        target.add_argument(flag(f.name), default=default, help=help.replace("%", "%%"), **settings)
+        argument = target.add_argument(flag(f.name), default=default, **settings)
+        argument.help = help.replace("%", "%%")  # to the constructor, BooleanOptionalAction would add a default
 
 
 ADDRESS = re.compile(r"(?:(https?)://)?([\w.-]+|\[[\da-fA-F:.]+\])(?::(\d{1,5}))?(/[^\s?#@]*)?")  # of a visdom server

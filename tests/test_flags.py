@@ -142,7 +142,8 @@ def test_help_has_every_option_with_its_default(tmp_path, monkeypatch):
     monkeypatch.delenv("DGR_DATA_DIR", raising=False)
     process = run("main.py", "--help", cwd=tmp_path, MPLBACKEND="module://nowhere.backend")
     assert process.returncode == 0 and process.stderr == ""
-    entries = {entry.split()[0]: " ".join(entry.split()) for entry in re.split(r"\n  (?=--)", process.stdout)[1:]}
+    entries = [" ".join(entry.split()) for entry in re.split(r"\n  (?=--)", process.stdout)[1:]]
+    entries = {entry.split()[0].rstrip(","): entry for entry in entries}
     declared = {f.name: utils.default_of(f) for f in fields(main.Options) if f.metadata} | {"recipe": "2017"}
     assert set(entries) == {*map(utils.flag, declared), "--quick"}
     for name, default in declared.items():
@@ -277,7 +278,9 @@ def test_lists_given_twice_add_up(tmp_path):
         ("--recipe=best", {"generator": "vae", "lr": 1e-3, "lr_schedule": "linear", "batch_size": 128}),
         ("--recipe=best --experiment=split-mnist", {"generator": "wgan", "solver_channel_size": 256, "lr": 5e-4}),
         ("--recipe=best --experiment=split-mnist", {"solver_blur": 1.5, "solver_distortion": 1}),
-        ("--recipe=best --experiment=mnist-chain", {"generator": "wgan", "generator_iterations": 14000, "lr": 5e-4}),
+        ("--recipe=best --experiment=mnist-chain", {"generator": "conv-flow", "replay_pool": 20_000, "lr": 5e-4}),
+        ("--recipe=best --experiment=mnist-chain", {"generator_conditional": True, "replay_distortion": 1}),
+        ("--recipe=best --experiment=mnist-chain --no-generator-conditional", {"generator_conditional": False}),
         ("--recipe=best --experiment=mnist-svhn", {"generator": "vae", "solver_channel_size": 256, "lr": 1e-3}),
         ("--recipe=best --experiment=svhn-mnist", {"generator": "wgan", "solver_iterations": 3000, "temperature": 4}),
         ("--recipe=best --tasks mnist svhn", {"generator": "wgan", "solver_channel_size": 256, "lr": 5e-4}),
@@ -328,7 +331,7 @@ def values(f) -> st.SearchStrategy:
     """Values of an option, as its declaration limits them."""
     default, limits = utils.default_of(f), f.metadata
     if isinstance(default, bool):
-        return st.just(True)
+        return st.booleans()
     if choices := limits.get("choices"):
         return st.sampled_from(list(choices() if callable(choices) else choices))
     if f.name == "solver_channel_size":
@@ -347,7 +350,7 @@ APART = ("experiment", "replay_mode", "seed")  # what a run says in places of th
 @given(st.data(), st.sampled_from(list(main.RECIPES)), st.sets(st.sampled_from(list(LEARNING)), max_size=5))
 def test_flags_of_a_run_are_what_differs_from_its_recipe(random, recipe, names):
     given = {name: random.draw(values(LEARNING[name]), label=name) for name in sorted(names)}
-    words = [utils.flag(name) + ("" if value is True else f"={value}") for name, value in given.items()]
+    words = [utils.flag(name, value) for name, value in given.items()]
     with contextlib.redirect_stderr(io.StringIO()):
         try:
             options = main.parse([*words, "--train", f"--recipe={recipe}"])
