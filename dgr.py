@@ -284,12 +284,16 @@ class ModelReplay(ReplayMode):
 
     def sample(self, n: int) -> Pairs:
         if not self.distortion:
-            return self._next("pairs", n)
+            return self.drawn(n)
         if self.targets.kind == "own":
-            x, y = self._next("pairs", n)
+            x, y = self.drawn(n)
             return distorted(x, self.distortion), y
         x = distorted(self.inputs(n), self.distortion)
         return x, self.targets.answers(self.old_scholar.solver, x)
+
+    def drawn(self, n: int) -> Pairs:
+        """n pairs without distortion."""
+        return self._next("pairs", n)
 
     def inputs(self, n: int) -> Tensor:
         return self._next("inputs", n)[0]
@@ -475,13 +479,18 @@ def mixed_inputs(current: Source, replay: Source | None, r: float, n: int) -> Te
 def mixed_pairs(current: Source, replay: Source | None, r: float, n: int) -> Pairs:
     """`mixed_inputs` for a conditional generator: inputs and their classes (n,), the most probable ones if soft."""
     if replay is None or r == 1:
-        pairs = [current.sample(n)]
+        pairs = [as_drawn(current, n)]
     else:
         k = number_of_current(r, n)
-        pairs = [current.sample(k), replay.sample(n - k)]
+        pairs = [as_drawn(current, k), as_drawn(replay, n - k)]
     # In a chain, current ones may be soft, too.
     classes = [y.argmax(dim=1) if y.is_floating_point() else y for _, y in pairs]
     return torch.cat([x for x, _ in pairs]), torch.cat(classes)
+
+
+def as_drawn(source: Source, n: int) -> Pairs:
+    """n pairs for a generator: what a model draws is distorted for the solver alone."""
+    return source.drawn(n) if isinstance(source, ModelReplay) else source.sample(n)
 
 
 def number_of_current(r: float, n: int) -> int:

@@ -366,6 +366,8 @@ def test_the_old_solver_answers_the_distorted_images_and_the_generator_learns_pl
     monkeypatch.setattr(dgr, "distorted", lambda x, strength: x + 2 * strength)
     x, y = replay.sample(6)
     assert x.min() >= 1 and replay.inputs(6).max() <= 1
+    for sources in ((replay, None, 1.0), (Constant(0.5, 7), replay, 0.5)):  # a conditional generator, in a chain or not
+        assert dgr.mixed_pairs(*sources, 6)[0].max() <= 1
     answers = replay.targets.answers(replay.old_scholar.solver, x)
     assert len(x) == len(y) == 6 and (kind == "own" or torch.equal(y, answers))
 
