@@ -199,7 +199,7 @@ class ReplayMode(nn.Module):
     importance: float | str | None = None  # r of equation 1, if the mode prescribes it
     block = 64  # pairs that a model draws at once; the task loop sets it to what suits the device
     pool = 0  # pairs that a model draws once and replays again and again; 0: it draws each for one use
-    distortion = 0.0  # of what a model draws, before the old solver answers it (see `distorted`)
+    distortion = 0.0  # of what a generator draws, for the solver, before the old one answers it (see `distorted`)
     current: Source  # D_i, which the task loop sets
 
     def __init__(self, old_scholar: Scholar, old_tasks: Sequence[Source], targets: Targets):
@@ -272,7 +272,7 @@ class ModelReplay(ReplayMode):
 
     def __init__(self, old_scholar: Scholar, old_tasks: Sequence[Source], targets: Targets):
         super().__init__(old_scholar, old_tasks, targets)
-        self._drawn: dict[str, tuple[Tensor, ...]] = {}  # unused: (x',) for the generator, (x', y') for the solver
+        self._drawn: dict[str, tuple[Tensor, ...]] = {}  # not yet used, or the pool: "inputs" (x',), "pairs" (x', y')
 
     def draw(self, n: int) -> Tensor:
         """n fresh inputs x', in random order: they are used in the order drawn."""
@@ -283,16 +283,6 @@ class ModelReplay(ReplayMode):
         return x, self.targets.answers(self.old_scholar.solver, x)
 
     def sample(self, n: int) -> Pairs:
-        if not self.distortion:
-            return self.drawn(n)
-        if self.targets.kind == "own":
-            x, y = self.drawn(n)
-            return distorted(x, self.distortion), y
-        x = distorted(self.inputs(n), self.distortion)
-        return x, self.targets.answers(self.old_scholar.solver, x)
-
-    def drawn(self, n: int) -> Pairs:
-        """n pairs without distortion."""
         return self._next("pairs", n)
 
     def inputs(self, n: int) -> Tensor:
@@ -337,6 +327,19 @@ class GenerativeReplay(ModelReplay):
 
     def draw_pairs(self, n: int) -> Pairs:
         return self.old_scholar.generator.sample_pairs(n) if self.targets.kind == "own" else super().draw_pairs(n)
+
+    def sample(self, n: int) -> Pairs:
+        if not self.distortion:
+            return self.drawn(n)
+        if self.targets.kind == "own":
+            x, y = self.drawn(n)
+            return distorted(x, self.distortion), y
+        x = distorted(self.inputs(n), self.distortion)
+        return x, self.targets.answers(self.old_scholar.solver, x)
+
+    def drawn(self, n: int) -> Pairs:
+        """n pairs without distortion."""
+        return super().sample(n)
 
 
 class NoiseReplay(ModelReplay):
@@ -445,6 +448,8 @@ def distorted(x: Tensor, strength: float) -> Tensor:
     At a strength of 1, by up to 15 degrees, 0.2, about 12 % (width and height apart) and 4 % of a side. Beyond its
     border, an image goes on as it ends there.
     """
+    if not len(x):
+        return x
     draws = strength * (2 * torch.rand(6, len(x), dtype=x.dtype, device=x.device) - 1)
     angle, shear, shift_x, shift_y = draws[0] * math.pi / 12, 0.2 * draws[1], 0.08 * draws[2], 0.08 * draws[3]
     wide, high = (0.12 * draws[4:]).exp()
@@ -489,8 +494,8 @@ def mixed_pairs(current: Source, replay: Source | None, r: float, n: int) -> Pai
 
 
 def as_drawn(source: Source, n: int) -> Pairs:
-    """n pairs for a generator: what a model draws is distorted for the solver alone."""
-    return source.drawn(n) if isinstance(source, ModelReplay) else source.sample(n)
+    """n pairs for a generator: what the old one draws is distorted for the solver alone."""
+    return source.drawn(n) if isinstance(source, GenerativeReplay) else source.sample(n)
 
 
 def number_of_current(r: float, n: int) -> int:

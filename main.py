@@ -210,9 +210,9 @@ def check_combinations(parser: utils.Parser, options: argparse.Namespace, recipe
     on, measuring = {"--on": options.on}, {"--measure-generator": options.measure_generator}
     continued, joint = {"--continue-from": options.continue_from}, {"--replay-mode=joint": mode is dgr.Joint}
     for one, others in (
-        (heads, conditional | chain | on | measuring),
+        (heads, chain | conditional | on | measuring),
         (penalty, chain),
-        (continued, heads | conditional | penalty | joint | chain | measuring),
+        (continued, chain | heads | conditional | penalty | joint | measuring),
     ):
         (name, given), other = *one.items(), next((name for name, given in others.items() if given), None)
         if given and other:
@@ -319,6 +319,8 @@ def train_scholar(options: Options, tasks: list[data.Task], library: data.Librar
 
     def new_scholar() -> dgr.Scholar:
         scholar = models.make_scholar(**shape, options=options, compute_dtype=dtype).to(device)
+        if options.replay_targets == "own" and not scholar.generator.classes:
+            raise UserError(f"--replay-targets: own needs a conditional generator, and {options.generator} is not one")
         if kept:
             models.inherit(scholar, kept["scholar"])
         return scholar

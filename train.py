@@ -55,7 +55,7 @@ class TrainingOptions:
     temperature: float | None = option(None, "softmax temperature of soft targets (default: 2)", low=0.01, high=1000)
     replay_pool: int = option(0, "inputs drawn once per task, to use again and again; 0: to use once (models)", low=0)
     replay_distortion: float = option(
-        0.0, "random distortion of drawn images before the old solver answers them (models)", low=0, high=3
+        0.0, "random distortion of what is drawn, before the old solver answers (generative-replay)", low=0, high=3
     )
     importance_of_new_task: float | str = option(
         0.3, "r of equation 1, or auto: 1/i at task i (always so in joint)", parse=importance, metavar="R"
@@ -102,7 +102,9 @@ def unused(options: TrainingOptions) -> dict[str, str]:
     mode = dgr.REPLAY_MODES[options.replay_mode]
     found = {"penalty_weight": "--penalty=none"} if options.penalty == "none" else {}
     if mode is None or not issubclass(mode, dgr.ModelReplay):
-        found |= dict.fromkeys(("replay_pool", "replay_distortion"), f"--replay-mode={options.replay_mode}")
+        found["replay_pool"] = f"--replay-mode={options.replay_mode}"
+    if mode is None or not issubclass(mode, dgr.GenerativeReplay):
+        found["replay_distortion"] = f"--replay-mode={options.replay_mode}"
     if mode is not None and mode.importance:
         found["importance_of_new_task"] = f"--replay-mode={options.replay_mode}"
     return found

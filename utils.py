@@ -42,7 +42,8 @@ def option(default: Any, help: str, changes: str | None = "learning", **settings
     """A field of a dataclass that is also a command-line option: everything about it is declared here.
 
     default: its value, or a function that returns it.
-    changes: what another value changes: "networks" (their shapes), "learning" (what they learn), or None (neither).
+    changes: what another value changes: "networks" (their shapes), "learning" (what they learn), or None (neither). A
+        bool that changes one can be switched off, too (see `flag`), as a recipe may have switched it on.
     settings: low, high, above, below (limits of a number), choices (or a function that returns them), parse (reads the
         text, and also what is not among the choices), exclusive (options with the same value exclude each other),
         group (a title in --help, also for the options that follow), and settings of `add_argument`.

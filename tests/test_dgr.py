@@ -370,6 +370,8 @@ def test_the_old_solver_answers_the_distorted_images_and_the_generator_learns_pl
         assert dgr.mixed_pairs(*sources, 6)[0].max() <= 1
     answers = replay.targets.answers(replay.old_scholar.solver, x)
     assert len(x) == len(y) == 6 and (kind == "own" or torch.equal(y, answers))
+    monkeypatch.undo()
+    assert len(replay.sample(0)[0]) == 0
 
 
 # ---------------------------------------------------------------------------------- an output layer per task, penalty

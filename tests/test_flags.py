@@ -93,6 +93,7 @@ import utils
         (["--train", "--replay-targets=own"], ["--replay-targets", "--generator-conditional"]),
         (["--train", "--heads=task", "--generator-conditional"], ["--heads", "--generator-conditional"]),
         (["--train", "--heads=task", "--experiment=mnist-chain"], ["--heads", "mnist-chain"]),
+        (["--train", "--heads=task", "--experiment=mnist-chain", "--recipe=best"], ["--heads", "mnist-chain"]),
         (["--train", "--penalty=ewc", "--experiment=mnist-chain"], ["--penalty", "chain"]),
         (["--train", "--replay-mode=lwf", "--experiment=mnist-chain"], ["--replay-mode", "mnist-chain"]),
     ],

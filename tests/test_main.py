@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -507,6 +508,18 @@ def test_a_generator_outside_of_0_to_1_is_refused_before_it_learns(tmp_path, sma
     assert process.returncode == 1 and "iterations in" not in process.stderr
     process.stderr = process.stderr.strip().splitlines()[-1]
     assert_one_line_error(process, 1, "--generator: Tanh draws values from -", "[0, 1]", "models.Sigmoid()")
+
+
+def test_own_targets_of_a_generator_that_is_told_no_classes_are_refused(tmp_path, small_mnist, monkeypatch):
+    class Unconditional(models.VAE):
+        def __init__(self, channels, options):
+            super().__init__(channels, replace(options, generator_classes=0))
+
+    monkeypatch.setitem(models.GENERATORS, "unconditional", Unconditional)
+    flags = ["--generator=unconditional", "--generator-conditional", "--replay-targets=own"]
+    process = train(tmp_path, small_mnist, *flags)
+    process.stderr = process.stderr.strip().splitlines()[-1]
+    assert_one_line_error(process, 1, "--replay-targets: own needs a conditional generator", "unconditional is not")
 
 
 def test_options_without_effect_are_named(tmp_path, small_mnist):
