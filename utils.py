@@ -500,8 +500,8 @@ class RunPaths:
         if file != self.state:  # or the next save would make the damaged state the previous one
             self.state.unlink(missing_ok=True)
         begun["options"]["sample_dir"] = config["options"]["sample_dir"]  # where pictures go from now on
-        stored = self.stored_config()
-        if self.results.exists() and (not stored or stored["started"] != begun["started"]):  # another run's
+        stored, marks = self.stored_config() or {}, ("started", "seed", "command")  # two may start in one second
+        if self.results.exists() and any(stored.get(key) != begun.get(key) for key in marks):  # another run's
             self.rename_earlier(self.results)
         for key in ("versions", "commit", "device", "dtype"):
             if begun[key] != config[key]:

@@ -456,7 +456,8 @@ def test_resume_with_a_changed_network_is_one_line(own, monkeypatch):
 
 
 def test_resume_overwrites_no_other_run(tmp_path, small_mnist, monkeypatch):
-    """A run that continues in the result directory of another: what the other left is renamed."""
+    """A run that continues in the result directory of another, begun in the same second: what it left is renamed."""
+    monkeypatch.setattr(utils.time, "strftime", lambda form: "2024-02-29T12:00:00+0000")
 
     def content(directory):
         return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
