@@ -333,6 +333,18 @@ def test_sigmoid_has_a_gradient_in_bfloat16_too():
 # ------------------------------------------------------------------------------------- layers and frozen networks
 
 
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_cross_entropy_is_pytorchs(dtype, bound):
+    """Where scores are large, small and 0, too, and for a part of a loss."""
+    s = torch.cat([torch.zeros(2), torch.tensor([-200.0, -20, 20, 200]), 8 * torch.randn(94)]).to(dtype)
+    s, x = s.view(10, 10).requires_grad_(), torch.rand(10, 10, dtype=dtype).round(decimals=1)
+    ours = models.CrossEntropy.apply(s, x)
+    pytorchs = nn.functional.binary_cross_entropy_with_logits(s, x, reduction="sum")
+    torch.testing.assert_close(ours, pytorchs, rtol=bound, atol=0)
+    of_ours, of_pytorchs = (torch.autograd.grad((loss / 7).square(), s)[0] for loss in (ours, pytorchs))
+    torch.testing.assert_close(of_ours, of_pytorchs, rtol=10 * bound, atol=bound)
+
+
 def test_leaky_relu_is_pytorchs_without_a_second_derivative():
     x = torch.tensor([-2.0, -0.0, 0.0, 0.5, 3.0], requires_grad=True)
     outcomes = []
