@@ -330,14 +330,12 @@ def test_peers_are_run_after_ours_and_what_is_done_is_kept(tmp_path, small_mnist
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import peers
 
-    command, pattern = peers.ours("split-mnist", 20, 3, tmp_path, [f"--data-dir={small_mnist}"])
-    options = main.parse(command[2:])
-    assert (options.experiment, options.recipe, options.solver_iterations, options.seed) == (
-        "split-mnist",
-        "vae",
-        20,
-        3,
-    )
+    for name, units in (("ours", 400), ("ours, small", 128)):
+        command, pattern = peers.ours(name, "split-mnist", 20, 3, tmp_path, [f"--data-dir={small_mnist}"])
+        options = main.parse(command[2:])
+        run = options.experiment, options.recipe, options.solver_iterations, options.seed
+        assert run == ("split-mnist", "vae", 20, 3)
+        assert options.solver_channel_size == 16 * options.generator_g_channel_size == units
     assert re.findall(pattern, "permutated-mnist-none-r1: average precision 0.8125, forgetting") == ["0.8125"]
     stand_in = [sys.executable, "-c", "print('average precision 0.7')"]
     monkeypatch.setattr(peers, "ours", lambda *_: (stand_in, pattern))
@@ -352,11 +350,13 @@ def test_peers_are_run_after_ours_and_what_is_done_is_kept(tmp_path, small_mnist
     runs = json.loads((tmp_path / "peers.json").read_text())["runs"]
     assert [(run["experiment"], run["program"], run["steps"], run["precision"]) for run in runs] == [
         ("split-mnist", "ours", 2000, 0.7),
+        ("split-mnist", "ours, small", 2000, 0.7),
         ("split-mnist", "van de Ven", 2000, 0.9),
         ("permutated-mnist", "ours", 1000, 0.7),
+        ("permutated-mnist", "ours, small", 1000, 0.7),
     ]
-    ratio = runs[1]["seconds"] / runs[0]["seconds"]
-    assert f"| split-mnist | van de Ven | 2000 | 0.9000 | {runs[1]['seconds']:.0f} | {ratio:.1f} |" in peers.table(runs)
+    times = " | ".join(f"{runs[2]['seconds'] / run['seconds']:.1f}" for run in runs[:2])
+    assert f"| split-mnist | van de Ven | 2000 | 0.9000 | {runs[2]['seconds']:.0f} | {times} |" in peers.table(runs)
     monkeypatch.setattr(sys, "argv", ["peers.py", "--van-de-ven=nowhere", *arguments[1:]])
     with pytest.raises(SystemExit, match="2"):
         peers.main()
