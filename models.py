@@ -477,7 +477,7 @@ class LeakyReLU(nn.LeakyReLU):
 class CrossEntropy(torch.autograd.Function):
     """The cross-entropy between images x and the sigmoid of scores s, of the same shape: a sum, in nats.
 
-    It is that of `F.binary_cross_entropy_with_logits`, whose log1p takes AMD cores with AVX512 as
+    Unlike `F.binary_cross_entropy_with_logits`, which it equals, it takes no log1p: on an AMD with AVX512, one takes as
     long as ten logarithms.
     """
 

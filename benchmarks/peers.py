@@ -38,10 +38,10 @@ import utils
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = {"split-mnist": 2000, "permutated-mnist": 1000}  # per task
-OURS = {"ours": ["--generator-g-channel-size=25", "--solver-channel-size=400"]}
-OURS["ours, small"] = ["--generator-g-channel-size=8", "--generator-z-size=32", "--solver-channel-size=128"]
-OURS["ours, small"] += ["--batch-size=32", "--replay-pool=5000", "--dtype=float32"]
-OURS["ours, small"] += [f"--{what}-log-interval=2000" for what in ("eval", "loss", "image", "sample")]
+SMALL = ["--generator-g-channel-size=8", "--generator-z-size=32", "--solver-channel-size=128", "--batch-size=32"]
+SMALL += ["--replay-pool=5000", "--dtype=float32"]
+SMALL += [f"--{what}-log-interval=2000" for what in ("eval", "loss", "image", "sample")]
+OURS = {"ours": ["--generator-g-channel-size=25", "--solver-channel-size=400"], "ours, small": SMALL}
 
 # Its example of generative replay on split MNIST, for both experiments: images per batch, network and rate are those.
 AVALANCHE = """

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # torch 2.14.1, an AMD EPYC with AVX512: in float32, `log1p`, `expm1` and `softplus` take five to twenty times as long with
 # PyTorch's AVX512 kernels, which it chooses there, as with its AVX2 kernels (ATEN_CPU_CAPABILITY=avx2), and
-# `binary_cross_entropy_with_logits`, which takes the former, about four times. `log`, `exp` and `sigmoid` do not, nor
+# `binary_cross_entropy_with_logits`, which computes `log1p`, about four times. `log`, `exp` and `sigmoid` do not, nor
 # does `log1p` in float64, which is then faster than in float32. Expected: AVX512 at least as fast. In an update of a small
 # VAE, whose loss it is, that was a quarter of the time.
 #
