@@ -299,7 +299,7 @@ class ModelReplay(ReplayMode):
         if self.pool:
             pairs = self.pooled()
             rows = torch.randint(self.pool, (n,), device=pairs[0].device)
-            return tuple(part[rows] for part in pairs)
+            return tuple(part.index_select(0, rows) for part in pairs)
         drawn = self._drawn.get(kind, ())
         if not drawn or len(drawn[0]) < n:
             size = max(self.block, n)
@@ -329,13 +329,11 @@ class GenerativeReplay(ModelReplay):
         return self.old_scholar.generator.sample_pairs(n) if self.targets.kind == "own" else super().draw_pairs(n)
 
     def sample(self, n: int) -> Pairs:
+        x, y = self.drawn(n)
         if not self.distortion:
-            return self.drawn(n)
-        if self.targets.kind == "own":
-            x, y = self.drawn(n)
-            return distorted(x, self.distortion), y
-        x = distorted(self.inputs(n), self.distortion)
-        return x, self.targets.answers(self.old_scholar.solver, x)
+            return x, y
+        x = distorted(x, self.distortion)
+        return x, y if self.targets.kind == "own" else self.targets.answers(self.old_scholar.solver, x)
 
     def drawn(self, n: int) -> Pairs:
         """n pairs without distortion."""

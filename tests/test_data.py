@@ -90,6 +90,8 @@ def test_batch_is_a_gather_of_pixels_in_zero_to_one():
     x, y = split.batch(torch.tensor([3, 3, 0]))
     assert torch.equal(x, split.images[[3, 3, 0]].float() / 255)
     assert y.tolist() == [3, 3, 0]
+    grey = replace(split, images=split.images[:, :1].expand(-1, 3, -1, -1))  # channels that are one in memory
+    assert torch.equal(grey.batch(torch.tensor([3, 0]))[0], grey.images[[3, 0]].float() / 255)
 
 
 def test_permutation_moves_whole_pixels_and_can_be_inverted():
@@ -520,14 +522,15 @@ def test_a_directory_of_ones_own_may_hold_idx_files(tmp_path, small_mnist):
         made_of(raw, tmp_path)
 
 
-@pytest.mark.parametrize("size, place", [(48, slice(10, 38)), (16, None)])
+@pytest.mark.parametrize("size, place", [(48, slice(10, 38)), (28, slice(28)), (16, None)])
 def test_images_are_padded_or_resized_to_the_size_asked_for(small_mnist, size, place):
     library = data.Library(small_mnist, CPU, accept_unverified=True, image_size=size)
     tasks = data.permutated_mnist(library, OPTIONS)
     assert tasks[1].train.sample(3)[0].shape == (3, 1, size, size)
     if place:
         assert np.array_equal(tasks[0].train.images[:, 0, place, place].numpy(), small_digits(200, seed=1)[0])
-    assert library.notes["mnist"] == f"28x28 {'padded' if place else 'resized'} to {size}x{size}"
+    changed = "" if size == 28 else f" {'padded' if place else 'resized'} to {size}x{size}"
+    assert library.notes["mnist"] == f"28x28{changed}"
 
 
 def test_a_data_set_may_have_more_than_ten_classes(monkeypatch, tmp_path):
