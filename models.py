@@ -40,7 +40,7 @@ DTYPES = (
 
 AMX = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()  # the CPU multiplies matrices in bfloat16
 
-SIZES = "height and width of images in all networks, a multiple of 16 from 16 to 128"
+SIZES = "height and width of images in all networks: a multiple of 16 from 16 to 128, or 28 (not wgan, conv-flow)"
 
 
 def class_of(known: Callable[[], dict[str, Any]], base: type) -> Callable[[str], str]:
@@ -68,7 +68,7 @@ def class_of(known: Callable[[], dict[str, Any]], base: type) -> Callable[[str],
 class ScholarOptions:
     """What a scholar is made of."""
 
-    image_size: int = option(32, SIZES, "networks", choices=range(16, 129, 16), metavar="N", group="images")
+    image_size: int = option(32, SIZES, "networks", choices=(*range(16, 129, 16), 28), metavar="N", group="images")
     generator: str = option(
         "wgan", "WGAN-GP, VAE, flow matching (linear layers or convolutions), or your own MODULE:CLASS", "networks",
         choices=lambda: GENERATORS, parse=class_of(lambda: GENERATORS, dgr.Generator), group="generator",
@@ -1026,6 +1026,8 @@ def unused(options: ScholarOptions) -> dict[str, str]:
 
 def check_networks(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Refuse convolutions that can't be made or can't learn."""
+    if options.image_size % 16 and options.generator in ("wgan", "conv-flow"):
+        parser.error(f"argument --image-size: --generator={options.generator} needs a multiple of 16, not 28")
     size, depth, reducing = options.solver_channel_size, options.solver_depth, options.solver_reducing_layers
     if options.solver != "cnn":
         return

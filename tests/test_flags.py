@@ -68,6 +68,8 @@ import utils
         (["--train", "--batch-size=1", "--image-size=16", "--solver-reducing-layers=4"], ["--batch-size", "2"]),
         (["--train", "--image-size=40"], ["--image-size", "16, 32, 48, 64, 80, 96, 112, 128"]),
         (["--train", "--image-size=144"], ["--image-size", "16, 32, 48, 64, 80, 96, 112, 128"]),
+        (["--train", "--image-size=28"], ["--image-size", "--generator=wgan needs a multiple of 16"]),
+        (["--train", "--image-size=28", "--generator=conv-flow", "--solver=mlp"], ["--image-size", "conv-flow"]),
         (["--train", "--replay-targets=true"], ["--replay-targets", "hard or soft"]),
         (["--train", "--replay-mode=noise-replay", "--replay-targets=true"], ["--replay-targets", "noise-replay"]),
         (["--train", "--replay-mode=none", "--replay-targets=hard"], ["--replay-targets", "replays nothing"]),
@@ -243,6 +245,7 @@ def test_a_directory_that_is_a_link_to_nowhere_is_said_to_be_one(monkeypatch, tm
         ("--tasks mnist svhn", "mnist+svhn-generative-replay-r0.3"),
         ("--quick --solver=mlp --image-size=64", "permutated-mnist-generative-replay-rauto-quick-mlp-64px"),
         ("--image-size=32", "permutated-mnist-generative-replay-r0.3"),
+        ("--recipe=vae --image-size=28", "permutated-mnist-generative-replay-rauto-vae-28px"),
         ("--generator-conditional", "permutated-mnist-generative-replay-r0.3-conditional"),
     ],
 )
