@@ -832,8 +832,6 @@ class Residual(nn.Sequential):
 class ConvFlow(Flow):
     """Flow matching with convolutions, for images whose neighbouring pixels belong together; it takes longer."""
 
-    draws = 1  # each costs as much as another image would, and other images teach it more
-
     def trajectory(self, shape: tuple[int, int, int], size: int, options: ScholarOptions) -> Trajectory:
         return ConvTrajectory(shape, 2 * size, options.generator_classes, options.generator_steps)
 
