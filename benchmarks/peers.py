@@ -77,7 +77,10 @@ print("precision", sum(right) / len(right))
 def ours(name: str, experiment: str, steps: int, seed: int, folder: Path, flags: list[str]) -> tuple[list[str], str]:
     where = [f"--{kind}-dir={folder / name / kind}" for kind in ("result", "checkpoint", "sample")]
     command = [sys.executable, "main.py", "--train", f"--experiment={experiment}", "--recipe=vae", f"--seed={seed}"]
-    command += OURS[name] + ["--image-size=28"] * (name == "ours, small" and experiment == "split-mnist") + flags
+    command += OURS[name]
+    if (name, experiment) == ("ours, small", "split-mnist"):
+        command.append("--image-size=28")  # as the others have it there
+    command += flags
     command += [f"--generator-iterations={steps}", f"--solver-iterations={steps}", "--no-gpus", "--no-visdom", *where]
     return command, r"average precision ([\d.]+)"
 
