@@ -199,7 +199,7 @@ class ReplayMode(nn.Module):
     importance: float | str | None = None  # r of equation 1, if the mode prescribes it
     block = 64  # pairs that a model draws at once; the task loop sets it to what suits the device
     pool = 0  # pairs that a model draws once and replays again and again; 0: it draws each for one use
-    distortion = 0.0  # of what a generator draws, for the solver, before the old one answers it (see `distorted`)
+    distortion = elastic = 0.0  # of what a generator draws, before the old solver answers it (see `distorted`)
     current: Source  # D_i, which the task loop sets
 
     def __init__(self, old_scholar: Scholar, old_tasks: Sequence[Source], targets: Targets):
@@ -330,9 +330,9 @@ class GenerativeReplay(ModelReplay):
 
     def sample(self, n: int) -> Pairs:
         x, y = self.drawn(n)
-        if not self.distortion:
+        if not (self.distortion or self.elastic):
             return x, y
-        x = distorted(x, self.distortion)
+        x = distorted(x, self.distortion, self.elastic)
         return x, y if self.targets.kind == "own" else self.targets.answers(self.old_scholar.solver, x)
 
     def drawn(self, n: int) -> Pairs:
@@ -440,11 +440,12 @@ PENALTIES: dict[str, Callable[[float], EWC] | None] = {"none": None, "ewc": EWC}
 Penalty = Callable[[Solver], Tensor] | None
 
 
-def distorted(x: Tensor, strength: float) -> Tensor:
-    """Images (n, channels, size, size), each turned, sheared, scaled and shifted at random.
+def distorted(x: Tensor, strength: float, elastic: float = 0.0) -> Tensor:
+    """Images (n, channels, size, size), each turned, sheared, scaled and shifted at random, and perhaps bent.
 
-    At a strength of 1, by up to 15 degrees, 0.2, about 12 % (width and height apart) and 4 % of a side. Beyond its
-    border, an image goes on as it ends there.
+    At a strength of 1, by up to 15 degrees, 0.2, about 12 % (width and height apart) and 4 % of a side. elastic: the
+    standard deviation, in pixels, of displacements besides that are alike for neighbouring pixels. Beyond its border,
+    an image goes on as it ends there.
     """
     if not len(x):
         return x
@@ -454,8 +455,23 @@ def distorted(x: Tensor, strength: float) -> Tensor:
     rows = [angle.cos() * wide, (shear - angle.sin()) * high, shift_x]  # coordinates go from -1 to 1
     rows += [angle.sin() * wide, angle.cos() * high, shift_y]
     places = F.affine_grid(torch.stack(rows, dim=1).view(-1, 2, 3), list(x.shape), align_corners=False)
+    if elastic:
+        places = places + elastic * displacements(x)
     edge = 1 - 1 / x.shape[-1]  # the centres of the outermost pixels; older PyTorch has no border mode on Apple's GPUs
     return F.grid_sample(x, places.clamp(-edge, edge), align_corners=False)
+
+
+def displacements(x: Tensor) -> Tensor:
+    """Smooth random ones of images (n, channels, size, size), (n, size, size, 2), of one pixel's standard deviation.
+
+    They are noise, smoothed by a Gaussian as wide as an eighth of a side (Simard et al. 2003, elastic distortions).
+    """
+    size = x.shape[-1]
+    place = torch.arange(size, dtype=x.dtype, device=x.device)
+    smooth = (-((place[:, None] - place) * 8 / size).square() / 2).exp()
+    smooth = smooth / smooth.norm(dim=1, keepdim=True)
+    noise = torch.randn(len(x), 2, size, size, dtype=x.dtype, device=x.device)
+    return 2 / size * (smooth @ noise @ smooth.T).permute(0, 2, 3, 1)  # coordinates go from -1 to 1
 
 
 def importance_of_new_task(setting: float | str, task: int) -> float:

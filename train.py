@@ -57,6 +57,7 @@ class TrainingOptions:
     replay_distortion: float = option(
         0.0, "random distortion of what is drawn, before the old solver answers (generative-replay)", low=0, high=3
     )
+    replay_elastic: float = option(0.0, "elastic distortion of it besides, in pixels", low=0, high=8)
     importance_of_new_task: float | str = option(
         0.3, "r of equation 1, or auto: 1/i at task i (always so in joint)", parse=importance, metavar="R"
     )
@@ -104,7 +105,7 @@ def unused(options: TrainingOptions) -> dict[str, str]:
     if mode is None or not issubclass(mode, dgr.ModelReplay):
         found["replay_pool"] = f"--replay-mode={options.replay_mode}"
     if mode is None or not issubclass(mode, dgr.GenerativeReplay):
-        found["replay_distortion"] = f"--replay-mode={options.replay_mode}"
+        found |= dict.fromkeys(("replay_distortion", "replay_elastic"), f"--replay-mode={options.replay_mode}")
     if mode is not None and mode.importance:
         found["importance_of_new_task"] = f"--replay-mode={options.replay_mode}"
     return found
@@ -303,7 +304,7 @@ class Training:
         old_scholar = self.before.scholar if self.before and self.task == self.first else self.scholar
         replay = mode(old_scholar, old_tasks, self.options.targets)
         replay.block, replay.pool = self.images_at_once, self.options.replay_pool
-        replay.distortion = self.options.replay_distortion
+        replay.distortion, replay.elastic = self.options.replay_distortion, self.options.replay_elastic
         replay.current = self.tasks[self.task - 1].train
         return replay
 

@@ -356,14 +356,16 @@ def test_an_update_that_waits_for_the_device_is_found(monkeypatch):
         learn_on_meta("none")
 
 
-@pytest.mark.parametrize("pool", [0, 10])
+@pytest.mark.parametrize(("pool", "distortion", "elastic"), [(0, 0.5, 0.0), (10, 0.5, 0.0), (10, 0.0, 2.0)])
 @pytest.mark.parametrize("kind", ["hard", "soft", "own"])
-def test_the_old_solver_answers_the_distorted_images_and_the_generator_learns_plain_ones(kind, pool, monkeypatch):
+def test_the_old_solver_answers_the_distorted_images_and_the_generator_learns_plain_ones(
+    kind, pool, distortion, elastic, monkeypatch
+):
     scholar = small_scholar(generator_conditional=True)
     scholar.generator.seen[:] = 1
     replay = dgr.GenerativeReplay(scholar, [], dgr.Targets(kind))
-    replay.block, replay.pool, replay.distortion = 8, pool, 0.5
-    monkeypatch.setattr(dgr, "distorted", lambda x, strength: x + 2 * strength)
+    replay.block, replay.pool, replay.distortion, replay.elastic = 8, pool, distortion, elastic
+    monkeypatch.setattr(dgr, "distorted", lambda x, strength, elastic: x + 2 * strength + elastic)
     x, y = replay.sample(6)
     assert x.min() >= 1 and replay.inputs(6).max() <= 1
     for sources in ((replay, None, 1.0), (Constant(0.5, 7), replay, 0.5)):  # a conditional generator, in a chain or not

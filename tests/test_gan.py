@@ -605,6 +605,24 @@ def test_each_image_is_distorted_at_random_and_a_blank_one_stays_as_it_is():
     torch.testing.assert_close(dgr.distorted(x, 0.0), x, atol=1e-4, rtol=0)
 
 
+def test_elastic_distortion_moves_neighbouring_pixels_alike_by_pixels():
+    """The channels of an image say where a pixel was, across and down, in pixels."""
+    places = torch.stack(torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="xy"))
+    torch.manual_seed(0)
+    seen = dgr.distorted(places.expand(2000, -1, -1, -1), 0.0, elastic=1.5)
+    moved = (seen - places)[:, :, 8:24, 8:24]
+    torch.testing.assert_close(moved.std(0), torch.full((2, 16, 16), 1.5), atol=0.1, rtol=0)
+    torch.testing.assert_close(moved.mean(0), torch.zeros(2, 16, 16), atol=0.15, rtol=0)
+
+    def correlation(a, b):
+        return torch.corrcoef(torch.stack([a, b]))[0, 1]
+
+    for distance in (1, 4, 12):  # noise smoothed by a Gaussian of 4 pixels
+        for beside in (moved[:, 0, 0, distance], moved[:, 0, distance, 0]):
+            assert abs(correlation(moved[:, 0, 0, 0], beside) - math.exp(-(distance**2) / 64)) < 0.08
+    assert abs(correlation(moved[:, 0, 0, 0], moved[:, 1, 0, 0])) < 0.08
+
+
 def test_a_solver_learns_from_distorted_images_and_answers_plain_ones(monkeypatch):
     """The targets stay as they are. Without distortion, nothing is drawn."""
     solver, x = small_scholar(solver_distortion=1.0).solver, bars(8)

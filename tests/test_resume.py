@@ -122,7 +122,7 @@ def test_resumed_run_is_the_run_that_was_never_stopped(tmp_path, small_mnist, wh
         ["--replay-mode=joint"],
         ["--generator-conditional", "--replay-targets=own", "--heads=one"],
         ["--generator=flow", "--replay-pool=100"],
-        ["--generator=conv-flow", "--replay-pool=100", "--replay-distortion=1"],
+        ["--generator=conv-flow", "--replay-pool=100", "--replay-distortion=1", "--replay-elastic=1"],
     ],
 )
 def test_every_setting_resumes(tmp_path, small_mnist, monkeypatch, setting):
