@@ -284,6 +284,7 @@ def test_lists_given_twice_add_up(tmp_path):
         ("--recipe=best --experiment=split-mnist", {"solver_blur": 1.5, "solver_distortion": 1}),
         ("--recipe=best --experiment=mnist-chain", {"generator": "conv-flow", "replay_pool": 20_000, "lr": 5e-4}),
         ("--recipe=best --experiment=mnist-chain", {"generator_conditional": True, "replay_distortion": 1}),
+        ("--recipe=best --experiment=mnist-chain", {"replay_elastic": 2, "solver_distortion": 0}),
         ("--recipe=best --experiment=mnist-chain --no-generator-conditional", {"generator_conditional": False}),
         ("--recipe=best --experiment=mnist-svhn", {"generator": "vae", "solver_channel_size": 256, "lr": 1e-3}),
         ("--recipe=best --experiment=svhn-mnist", {"generator": "wgan", "solver_iterations": 3000, "temperature": 4}),
