@@ -444,8 +444,8 @@ def distorted(x: Tensor, strength: float, elastic: float = 0.0) -> Tensor:
     """Images (n, channels, size, size), each turned, sheared, scaled and shifted at random, and perhaps bent.
 
     At a strength of 1, by up to 15 degrees, 0.2, about 12 % (width and height apart) and 4 % of a side. elastic: the
-    standard deviation, in pixels, of displacements besides that are alike for neighbouring pixels. Beyond its border,
-    an image goes on as it ends there.
+    standard deviation, in pixels, of displacements besides, alike for neighbouring pixels. Beyond its border, an image
+    goes on as it ends there.
     """
     if not len(x):
         return x
@@ -462,9 +462,10 @@ def distorted(x: Tensor, strength: float, elastic: float = 0.0) -> Tensor:
 
 
 def displacements(x: Tensor) -> Tensor:
-    """Smooth random ones of images (n, channels, size, size), (n, size, size, 2), of one pixel's standard deviation.
+    """Smooth random displacements (n, size, size, 2) for images (n, channels, size, size).
 
-    They are noise, smoothed by a Gaussian as wide as an eighth of a side (Simard et al. 2003, elastic distortions).
+    Their standard deviation is one pixel, where a side counts as 2 (see `grid_sample`). They are noise smoothed by a
+    Gaussian with a standard deviation of an eighth of a side (Simard et al. 2003, elastic distortions).
     """
     size = x.shape[-1]
     place = torch.arange(size, dtype=x.dtype, device=x.device)
