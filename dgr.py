@@ -472,7 +472,7 @@ def displacements(x: Tensor) -> Tensor:
     smooth = (-((place[:, None] - place) * 8 / size).square() / 2).exp()
     smooth = smooth / smooth.norm(dim=1, keepdim=True)
     noise = torch.randn(len(x), 2, size, size, dtype=x.dtype, device=x.device)
-    return 2 / size * (smooth @ noise @ smooth.T).permute(0, 2, 3, 1)  # coordinates go from -1 to 1
+    return 2 / size * (smooth @ noise @ smooth.T).permute(0, 2, 3, 1)
 
 
 def importance_of_new_task(setting: float | str, task: int) -> float:

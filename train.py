@@ -57,7 +57,7 @@ class TrainingOptions:
     replay_distortion: float = option(
         0.0, "random distortion of what is drawn, before the old solver answers (generative-replay)", low=0, high=3
     )
-    replay_elastic: float = option(0.0, "elastic distortion of it besides, in pixels", low=0, high=8)
+    replay_elastic: float = option(0.0, "elastic distortion of what is drawn, likewise, in pixels", low=0, high=8)
     importance_of_new_task: float | str = option(
         0.3, "r of equation 1, or auto: 1/i at task i (always so in joint)", parse=importance, metavar="R"
     )
