@@ -330,7 +330,7 @@ class GenerativeReplay(ModelReplay):
 
     def sample(self, n: int) -> Pairs:
         x, y = self.drawn(n)
-        if not (self.distortion or self.elastic):
+        if not self.distorts:
             return x, y
         x = distorted(x, self.distortion, self.elastic)
         return x, y if self.targets.kind == "own" else self.targets.answers(self.old_scholar.solver, x)
@@ -338,6 +338,10 @@ class GenerativeReplay(ModelReplay):
     def drawn(self, n: int) -> Pairs:
         """n pairs without distortion."""
         return super().sample(n)
+
+    @property
+    def distorts(self) -> bool:
+        return bool(self.distortion or self.elastic)
 
 
 class NoiseReplay(ModelReplay):
@@ -513,6 +517,13 @@ def as_drawn(source: Source, n: int) -> Pairs:
     return source.drawn(n) if isinstance(source, GenerativeReplay) else source.sample(n)
 
 
+def for_solver(source: Source, n: int, distortion: float) -> Pairs:
+    """n pairs with images distorted once: those that were before the old solver answered them stay as they are."""
+    x, y = source.sample(n)
+    once = isinstance(source, GenerativeReplay) and source.distorts
+    return distorted(x, distortion) if distortion and not once else x, y
+
+
 def number_of_current(r: float, n: int) -> int:
     """How many of n inputs are current, if each is with probability r."""
     # Counted on the CPU: every batch would wait for a count that is on the GPU.
@@ -571,10 +582,14 @@ def learn_solver(
     batch_size: int,
     temperature: float = 1.0,
     penalty: Penalty = None,
+    distortion: float = 0.0,
 ) -> Iterator[dict[str, Tensor]]:
-    """Train S on the answers of all tasks so far. Yields the loss of each iteration by name."""
+    """Train S on the answers of all tasks so far. Yields the loss of each iteration by name.
+
+    distortion: of the images (see `distorted`), whose targets stay as they are.
+    """
     solver.train()
     equation_1 = partial(solver_loss, solver, r=r, temperature=temperature, penalty=penalty)
     for _ in range(iterations):
-        pairs = current.sample(batch_size)
-        yield solver.update(equation_1, pairs, None if replay is None else replay.sample(batch_size))
+        pairs = for_solver(current, batch_size, distortion)
+        yield solver.update(equation_1, pairs, None if replay is None else for_solver(replay, batch_size, distortion))

@@ -98,9 +98,6 @@ class ScholarOptions:
     solver_blur: float = option(
         0.0, "standard deviation of a Gaussian blur of its inputs, in pixels", "networks", low=0, high=100
     )
-    solver_distortion: float = option(
-        0.0, "random distortion of its inputs while it learns; 1 turns them by up to 15 degrees", low=0, high=3
-    )
     heads: str = option(
         "one", "output layers: one for all, or one per task, which is then known", "networks", choices=("one", "task")
     )
@@ -918,8 +915,7 @@ class Classifier(dgr.Solver):
     """A network that learns its answers with Adam. The last layer of a net is linear; it becomes one per head.
 
     Drawn and real images differ in fine detail, by which a solver could tell old tasks from new ones: with
-    --solver-blur, a blur that is meant to hide it is the first layer of its net. Drawn images also vary less than real
-    ones: with --solver-distortion it learns from distorted images, real and replayed, with the originals' targets.
+    --solver-blur, a blur that is meant to hide it is the first layer of its net.
     """
 
     captured = ("learn",)
@@ -931,7 +927,6 @@ class Classifier(dgr.Solver):
             blur = Blur(options.solver_blur, options.image_size)
             net = Network(blur, *net) if type(net) is Network else nn.Sequential(blur, net)
         super().__init__(net)
-        self.distortion = options.solver_distortion
         self.optimiser = options.optimiser(self.net)
 
     def begin_task(self, task: int, *, replays: bool) -> None:
@@ -944,12 +939,9 @@ class Classifier(dgr.Solver):
 
     def learn(self, loss: Callable[..., Tensor], x: Tensor, y: Tensor, *replayed: Tensor) -> dict[str, Tensor]:
         """One step down the gradient of loss((x, y), replayed); replayed is (x', y') or nothing (see `dgr.Pairs`)."""
-        value = loss((self.varied(x), y), (self.varied(replayed[0]), replayed[1]) if replayed else None)
+        value = loss((x, y), replayed or None)
         step(self.optimiser, value)
         return {"loss": value.detach()}
-
-    def varied(self, x: Tensor) -> Tensor:
-        return dgr.distorted(x, self.distortion) if self.distortion else x
 
 
 class CNN(Classifier):

@@ -66,6 +66,9 @@ class TrainingOptions:
     generator_iterations: int = option(3000, "generator updates per task", low=1, group="training")
     solver_iterations: int = option(1000, "solver updates per task", low=1)
     batch_size: int = option(32, "images per batch; the solver gets as many replayed ones on top", low=1)
+    solver_distortion: float = option(
+        0.0, "random distortion of what the solver learns from; 1 turns images by up to 15 degrees", low=0, high=3
+    )
     lr_schedule: str = option("constant", "linear: from --lr to 0 in each phase", choices=("constant", "linear"))
     test_size: int = option(
         1024, "test images per task for the curves; the summary uses all", None, low=1, group="measuring and saving"
@@ -266,6 +269,7 @@ class Training:
                 self._show_samples(iteration, options.generator_iterations)
 
         settings |= {"temperature": options.temperature, "penalty": self.penalty if self.task > 1 else None}
+        settings["distortion"] = options.solver_distortion
         subsets = {number: test.subset(options.test_size) for number, test in self._tests(self.task).items()}
         for iteration in self._watched("solver", dgr.learn_solver, current, replay, **settings):
             if at_interval(iteration, options.eval_log_interval, options.solver_iterations):
@@ -576,6 +580,7 @@ def fitting_capacity(
     """
     iterations, size = options.solver_iterations, options.batch_size
     settings = {"r": 1.0, "iterations": iterations, "batch_size": size, "temperature": options.temperature}
+    settings["distortion"] = options.solver_distortion
     for done, _ in enumerate(dgr.learn_solver(solver, replay, None, **settings), start=1):
         set_learning_rates(solver, options.lr_schedule, done / iterations)
     return sum(precision(solver.remember(), test, images_at_once) for test in tests) / len(tests)

@@ -376,6 +376,44 @@ def test_the_old_solver_answers_the_distorted_images_and_the_generator_learns_pl
     assert len(replay.sample(0)[0]) == 0
 
 
+def test_a_solver_learns_from_distorted_images_and_answers_plain_ones(monkeypatch):
+    """The targets stay as they are. Without distortion, nothing is drawn."""
+    monkeypatch.setattr(dgr, "distorted", lambda x, strength: (1 - strength / 2) * x)
+    solver, plain, seen, x = small_scholar().solver, small_scholar().solver, [], torch.rand(8, 1, 32, 32)
+    update, stream = solver.update, torch.get_rng_state()
+    solver.update = lambda loss, *pairs: seen.append(pairs) or update(loss, *pairs)
+    sources = Constant(0.25, 0), Constant(0.75, 1)
+    for distortion, share in ((1.0, 2), (0.0, 1)):
+        how = {"r": 0.5, "iterations": 1, "batch_size": 4, "distortion": distortion}
+        list(dgr.learn_solver(solver, *sources, **how))
+        for (inputs, targets), source in zip(seen.pop(), sources, strict=True):
+            assert torch.equal(inputs, source.inputs(4) / share) and targets.tolist() == [source.label] * 4
+        plain.load_state_dict(solver.state_dict())
+        for each in (solver, solver.remember()):
+            torch.testing.assert_close(each.answer_softly(x, 1.0), plain.answer_softly(x, 1.0))
+    monkeypatch.undo()
+    list(dgr.learn_solver(solver, *sources, **how))
+    assert torch.equal(torch.get_rng_state(), stream)
+    assert torch.equal(solver.answer(x), solver.answer(x))
+
+
+@pytest.mark.parametrize("changes", [{"distortion": 0.5}, {"elastic": 1.0}, {}])
+def test_images_that_the_old_solver_answered_distorted_are_not_distorted_again(changes, monkeypatch):
+    """In a chain, where they are all there is, or as what is replayed; real images are distorted beside them."""
+    monkeypatch.setattr(dgr, "distorted", lambda x, strength, elastic=0.0: x + 2 * (strength > 0) + 4 * (elastic > 0))
+    scholar, seen = small_scholar(), []
+    replay = generative_replay(scholar)
+    vars(replay).update(changes)
+    scholar.solver.update = lambda loss, *pairs: seen.append(pairs) or {}
+    moved = 2 * ("distortion" in changes) + 4 * ("elastic" in changes) or 2
+    for sources in ((Constant(0.5, 1), replay), (replay, None)):
+        list(dgr.learn_solver(scholar.solver, *sources, r=0.5, iterations=1, batch_size=4, distortion=1.0))
+    ((real, _), (replayed, _)), ((chained, _), nothing) = seen
+    assert torch.equal(real, torch.full_like(real, 2.5)) and nothing is None
+    for x in (replayed, chained):
+        assert x.min() >= moved and x.max() <= moved + 1
+
+
 # ---------------------------------------------------------------------------------- an output layer per task, penalty
 
 
