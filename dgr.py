@@ -503,25 +503,25 @@ def mixed_inputs(current: Source, replay: Source | None, r: float, n: int) -> Te
 def mixed_pairs(current: Source, replay: Source | None, r: float, n: int) -> Pairs:
     """`mixed_inputs` for a conditional generator: inputs and their classes (n,), the most probable ones if soft."""
     if replay is None or r == 1:
-        pairs = [as_drawn(current, n)]
+        pairs = [for_generator(current, n)]
     else:
         k = number_of_current(r, n)
-        pairs = [as_drawn(current, k), as_drawn(replay, n - k)]
+        pairs = [for_generator(current, k), for_generator(replay, n - k)]
     # In a chain, current ones may be soft, too.
     classes = [y.argmax(dim=1) if y.is_floating_point() else y for _, y in pairs]
     return torch.cat([x for x, _ in pairs]), torch.cat(classes)
 
 
-def as_drawn(source: Source, n: int) -> Pairs:
+def for_generator(source: Source, n: int) -> Pairs:
     """n pairs for a generator: what the old one draws is distorted for the solver alone."""
     return source.drawn(n) if isinstance(source, GenerativeReplay) else source.sample(n)
 
 
 def for_solver(source: Source, n: int, distortion: float) -> Pairs:
-    """n pairs with images distorted once: those that were before the old solver answered them stay as they are."""
+    """n pairs for a solver, distorted; what already was before the old solver answered it stays as it is."""
     x, y = source.sample(n)
-    once = isinstance(source, GenerativeReplay) and source.distorts
-    return distorted(x, distortion) if distortion and not once else x, y
+    already = isinstance(source, GenerativeReplay) and source.distorts
+    return distorted(x, distortion) if distortion and not already else x, y
 
 
 def number_of_current(r: float, n: int) -> int:
