@@ -329,11 +329,13 @@ class GenerativeReplay(ModelReplay):
         return self.old_scholar.generator.sample_pairs(n) if self.targets.kind == "own" else super().draw_pairs(n)
 
     def sample(self, n: int) -> Pairs:
-        x, y = self.drawn(n)
         if not self.distorts:
-            return x, y
-        x = distorted(x, self.distortion, self.elastic)
-        return x, y if self.targets.kind == "own" else self.targets.answers(self.old_scholar.solver, x)
+            return self.drawn(n)
+        if self.targets.kind == "own":
+            x, y = self.drawn(n)
+            return distorted(x, self.distortion, self.elastic), y
+        x = distorted(self.inputs(n), self.distortion, self.elastic)
+        return x, self.targets.answers(self.old_scholar.solver, x)
 
     def drawn(self, n: int) -> Pairs:
         """n pairs without distortion."""

@@ -366,7 +366,10 @@ def test_the_old_solver_answers_the_distorted_images_and_the_generator_learns_pl
     replay = dgr.GenerativeReplay(scholar, [], dgr.Targets(kind))
     replay.block, replay.pool, replay.distortion, replay.elastic = 8, pool, distortion, elastic
     monkeypatch.setattr(dgr, "distorted", lambda x, strength, elastic: x + 2 * strength + elastic)
+    answered, plain = [], dgr.Targets.answers
+    monkeypatch.setattr(dgr.Targets, "answers", lambda *given: answered.append(len(given[-1])) or plain(*given))
     x, y = replay.sample(6)
+    assert answered == ([] if kind == "own" else [8, 8] * (pool > 0) + [6])  # without a pool, none twice
     assert x.min() >= 1 and replay.inputs(6).max() <= 1
     for sources in ((replay, None, 1.0), (Constant(0.5, 7), replay, 0.5)):  # a conditional generator, in a chain or not
         assert dgr.mixed_pairs(*sources, 6)[0].max() <= 1
