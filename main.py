@@ -212,7 +212,7 @@ def check_combinations(parser: utils.Parser, options: argparse.Namespace, recipe
     for one, others in (
         (heads, chain | conditional | on | measuring),
         (penalty, chain),
-        (continued, chain | heads | conditional | penalty | joint | measuring),
+        (continued, chain | heads | penalty | joint | measuring),
     ):
         (name, given), other = *one.items(), next((name for name, given in others.items() if given), None)
         if given and other:

@@ -1047,12 +1047,18 @@ def load_scholar(path: Path, options: ScholarOptions) -> tuple[dict[str, Any], d
 
 
 def inherit(scholar: dgr.Scholar, state: dict[str, Any]) -> None:
-    """Load the state of a scholar that may have fewer classes: a wider layer keeps its own weights for the rest."""
+    """Load the state of a scholar that may have fewer classes: a wider layer keeps its own weights for the rest.
+
+    Classes come last, in what a solver's layer returns and in what a conditional generator's is given.
+    """
     fresh = scholar.state_dict()
 
     def widen(value: Any, wider: Any) -> Any:
-        fits = not isinstance(value, Tensor) or value.shape == wider.shape
-        return value if fits else torch.cat([value.to(wider.device), wider[len(value) :]])
+        if not isinstance(value, Tensor) or value.shape == wider.shape:
+            return value
+        wider = wider.clone()
+        wider[tuple(map(slice, value.shape))].copy_(value)
+        return wider
 
     scholar.load_state_dict({name: widen(value, fresh.get(name, value)) for name, value in state.items()})
 

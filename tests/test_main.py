@@ -366,6 +366,22 @@ def test_a_kept_scholar_learns_own_digits_of_more_classes(copy_of_alone, small_m
     assert re.search(r"precision on MNIST: 0\.\d+ of 100 test images", measured.stdout), measured.stderr
 
 
+@pytest.mark.parametrize("targets", ["soft", "own"])
+def test_a_kept_scholar_with_a_conditional_generator_learns_more_classes(copy_of_alone, small_mnist, targets):
+    cwd = copy_of_alone
+    flags = ["--generator=conv-flow", "--generator-conditional", "--replay-pool=20", "--replay-distortion=1"]
+    flags += [f"--replay-targets={targets}"]
+    assert train(cwd, small_mnist, "--tasks", "mnist", *flags).returncode == 0
+    kept = next(cwd.glob("checkpoints/mnist-*conditional"))
+    process = train(cwd, small_mnist, f"--continue-from={kept}", "--tasks", "own.npz", *flags)
+    assert process.returncode == 0, process.stderr
+    continued = next(cwd.glob("checkpoints/own-*conditional-continued"))
+    before, after = (utils.load_checkpoint(path)["scholar"]["generator.seen"] for path in (kept, continued))
+    assert len(before) == 10 and len(after) == 12 and (after[:10] >= before).all() and after[10:].any()
+    drawn = draw(cwd, f"--continue-from={kept}", "--tasks", "own.npz", *flags)
+    assert drawn.returncode == 0 and "samples: " in drawn.stdout, drawn.stderr
+
+
 def test_tasks_that_a_kept_scholar_has_learned_are_measured_and_not_learned_again(copy_of_alone, small_mnist):
     """In every replay mode that needs their data, too; from such a scholar one goes on as well."""
     cwd, tasks = copy_of_alone, ["--tasks", "mnist", "own.npz"]

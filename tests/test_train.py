@@ -422,6 +422,19 @@ def test_a_kept_scholar_answers_among_the_classes_it_knows_and_a_wider_one_start
     assert softly.shape == (6, 14) and not softly[:, 10:].any() and old.solver.answer(x).max() < 10
 
 
+@pytest.mark.parametrize("generator", models.GENERATORS)
+def test_a_conditional_generator_draws_the_same_after_it_is_told_of_more_classes(generator):
+    options = replace(SMALL, generator=generator, generator_conditional=True)
+    old, wide = (models.make_scholar(1, classes, options) for classes in (3, 5))
+    old.generator.seen[1:] = 1
+    models.inherit(wide, old.state_dict())
+    z, y = torch.randn(6, old.generator.z_size), torch.arange(6) % 3
+    drawn = [each.sample(6, each.with_classes(z, y)) for each in (old.generator, wide.generator)]
+    torch.testing.assert_close(*drawn)
+    assert wide.generator.seen.tolist() == [0, 1, 1, 0, 0]
+    assert set(wide.generator.sample_pairs(20)[1].tolist()) == {1, 2}
+
+
 def test_forgetting_after_a_kept_scholar_leaves_out_what_was_not_measured():
     assert train.forgetting([[None] * 3, [0.9, 0.8, None], [0.7, 0.75, 0.6]]) == pytest.approx((0.2 + 0.05) / 2)
 
