@@ -498,7 +498,7 @@ class Images:
 
 
 def test_ewc_is_its_equation_with_anchors_that_stay(monkeypatch):
-    """differences.md, 26."""
+    """differences.md, 26 and 33."""
     solver, ewc, kept = small_scholar().solver.double(), dgr.EWC(50.0), []
     ewc.images = 6
     drawn, plain = [], torch.multinomial
@@ -525,6 +525,7 @@ def test_ewc_is_its_equation_with_anchors_that_stay(monkeypatch):
 
 
 def test_a_penalty_is_added_to_equation_1_whatever_is_replayed():
+    """differences.md, 33."""
     solver, current, replayed = small_scholar().solver.double(), pairs(5), pairs(7)
     for old in (None, replayed):
         plain = dgr.solver_loss(solver, current, old, 0.3)
