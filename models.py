@@ -881,8 +881,9 @@ class ToldBlock(nn.Module):
         self.first = Convolution(channels, width, 3, stride=stride, padding=1)
         self.second = Convolution(width, width, 3, padding=1)
         self.normal, self.told = nn.GroupNorm(math.gcd(4, width), width), nn.Linear(64, 2 * width)
-        same = channels == width and stride == 1  # pooled: PyTorch's gradient of a 1 x 1 with stride 2 can crash
-        self.shortcut = nn.Identity() if same else nn.Sequential(nn.AvgPool2d(stride), Convolution(channels, width, 1))
+        same = channels == width and stride == 1
+        pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()  # PyTorch's gradient of a strided 1 x 1 can crash
+        self.shortcut = nn.Identity() if same else nn.Sequential(pool, Convolution(channels, width, 1))
 
     def forward(self, x: Tensor, told: Tensor) -> Tensor:
         scale, shift = self.told(told)[:, :, None, None].chunk(2, dim=1)
