@@ -184,7 +184,8 @@ def together(settings: Sequence[Setting]) -> dict[str, list[Setting]]:
     """The settings of an experiment that figures show together, by recipe, and by networks if those are not its own.
 
     Of each replay mode, the one with the most seeds, and of these the one closest to the recipe. One mode alone is
-    shown only if it is the recipe as it is. Those measured on held-out training images are not shown.
+    shown only if it is the recipe as it is, other networks only beside their result without replay. Those measured on
+    held-out training images are not shown.
     """
     settings = [setting for setting in settings if not setting.first.held_out]
     groups: dict[tuple[int, str], dict[str, Setting]] = {}
@@ -197,7 +198,8 @@ def together(settings: Sequence[Setting]) -> dict[str, list[Setting]]:
         groups.setdefault(key, {})[run.replay_mode] = setting
     shown = {}
     for (_, name), by_mode in sorted(groups.items()):
-        if len(by_mode) > 1 or not any(setting.first.flags for setting in by_mode.values()):
+        alone = len(by_mode) == 1 and any(setting.first.flags for setting in by_mode.values())
+        if not alone and (name in main.RECIPES or "none" in by_mode):
             shown[name] = [by_mode[mode] for mode in MODES if mode in by_mode]
     return shown
 

@@ -69,6 +69,14 @@ def test_a_penalty_does_not_stand_for_the_replay_mode_without_one(figures, kept)
     assert (none.first.replay_mode, none.first.flags) == ("none", ["--sample-log"])
 
 
+def test_other_networks_are_shown_only_beside_no_replay(figures, kept):
+    experiments = utils.group_runs([run for run in kept if not run.config["variation"]])
+    shown = {experiment: figures.together(settings) for experiment, settings in experiments.items()}
+    assert "best-heads=task" in shown["svhn-mnist"] and "quick" in shown["split-mnist"]
+    blurred = [setting for setting in experiments["split-mnist"] if setting.first.flags == ["--solver-blur=1.5"]]
+    assert blurred and "quick-solver-blur=1.5" not in shown["split-mnist"]  # with exact and generative replay alone
+
+
 def test_runs_measured_on_held_out_images_stand_for_no_others(figures, kept):
     for seed in range(5):
         (like,) = [run for run in kept if run.name == "split-mnist-generative-replay-best-seed0"]
