@@ -198,8 +198,8 @@ def together(settings: Sequence[Setting]) -> dict[str, list[Setting]]:
         groups.setdefault(key, {})[run.replay_mode] = setting
     shown = {}
     for (_, name), by_mode in sorted(groups.items()):
-        alone = len(by_mode) == 1 and any(setting.first.flags for setting in by_mode.values())
-        if not alone and (name in main.RECIPES or "none" in by_mode):
+        as_it_is = not any(setting.first.flags for setting in by_mode.values())
+        if (len(by_mode) > 1 or as_it_is) and (name in main.RECIPES or "none" in by_mode):
             shown[name] = [by_mode[mode] for mode in MODES if mode in by_mode]
     return shown
 
